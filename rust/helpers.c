@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * C that Rust cannot call: static inline functions and macros, and two loops over struct pages. As
- * in the kernel's rust/helpers/, the bindings have them without the prefix. bindgen reads this
- * file, too.
+ * C that Rust cannot call: static inline functions and macros, two loops over struct pages, and a
+ * callback. As in the kernel's rust/helpers/, the bindings have them without the prefix. bindgen
+ * reads this file, too.
  */
 #include <linux/balloon.h>
 #include <linux/crash_dump.h>
@@ -159,4 +159,23 @@ struct file *rust_helper_filp_open_as_init(const char *path, int flags)
 {
 	scoped_with_init_fs()
 		return filp_open(path, flags, 0);
+}
+
+/* A balloon whose pages Rust migrates. */
+struct balloon_rs_info {
+	struct balloon_dev_info core;
+	int (*migrate)(struct balloon_rs_info *info, struct page *new, struct page *old,
+		       bool may_sleep);
+};
+
+/*
+ * The balloon core calls this by a pointer, and passes an enum. For kCFI an enum is a type of its
+ * own, and in Rust it is an integer. A kernel with kCFI would not call a function in Rust.
+ */
+int rust_helper_migrate_balloon_page(struct balloon_dev_info *core, struct page *new,
+				     struct page *old, enum migrate_mode mode)
+{
+	struct balloon_rs_info *info = container_of(core, struct balloon_rs_info, core);
+
+	return info->migrate(info, new, old, mode != MIGRATE_ASYNC);
 }

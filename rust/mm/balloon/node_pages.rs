@@ -140,7 +140,7 @@ impl Blocks {
 #[pin_data(PinnedDrop)]
 pub(in crate::rust::mm) struct NodePages<R: MigratePage> {
     #[pin]
-    info: Opaque<bindings::balloon_dev_info>,
+    info: Opaque<bindings::balloon_rs_info>,
     base_pages: Atomic<usize>,
     #[pin]
     blocks: SpinLock<Blocks>,
@@ -174,19 +174,22 @@ impl<R: MigratePage> NodePages<R> {
     fn init(adjust_managed: bool, replace: Arc<R>) -> impl PinInit<Self, Error> {
         // INVARIANT: An empty list has no pages.
         try_pin_init!(Self {
-            info <- Opaque::ffi_init(|slot: *mut bindings::balloon_dev_info| {
+            info <- Opaque::ffi_init(|slot: *mut bindings::balloon_rs_info| {
                 // SAFETY: `slot` is valid for writes, and stays where it is.
                 unsafe {
-                    let pages = &raw mut (*slot).pages;
+                    let pages = &raw mut (*slot).core.pages;
 
-                    slot.write(bindings::balloon_dev_info {
-                        isolated_pages: 0,
-                        pages: bindings::list_head {
-                            next: pages,
-                            prev: pages,
+                    slot.write(bindings::balloon_rs_info {
+                        core: bindings::balloon_dev_info {
+                            isolated_pages: 0,
+                            pages: bindings::list_head {
+                                next: pages,
+                                prev: pages,
+                            },
+                            migratepage: Some(bindings::migrate_balloon_page),
+                            adjust_managed_page_count: false,
                         },
-                        migratepage: Some(Self::migrate),
-                        adjust_managed_page_count: false,
+                        migrate: Some(Self::migrate),
                     });
                 }
             }),
@@ -197,15 +200,21 @@ impl<R: MigratePage> NodePages<R> {
         })
     }
 
+    /// What the balloon core knows of these pages.
+    fn core(&self) -> *mut bindings::balloon_dev_info {
+        // SAFETY: This only computes an address within `info`.
+        unsafe { &raw mut (*self.info.get()).core }
+    }
+
     /// # Safety
     ///
-    /// Only for the balloon core, which calls it with the `info` of a balloon that has pages, a
-    /// page that it has isolated from there, and the page that is to replace it.
+    /// Only for `migrate_balloon_page`, which the balloon core calls with the `info` of a balloon
+    /// that has pages, a page that it has isolated from there, and the page that is to replace it.
     unsafe extern "C" fn migrate(
-        info: *mut bindings::balloon_dev_info,
+        info: *mut bindings::balloon_rs_info,
         new: *mut bindings::page,
         old: *mut bindings::page,
-        mode: bindings::migrate_mode,
+        may_sleep: bool,
     ) -> c_int {
         // SAFETY: By the requirements of this function. A balloon that has pages has not been
         // dropped.
@@ -224,7 +233,6 @@ impl<R: MigratePage> NodePages<R> {
             page,
             _balloon: PhantomData,
         };
-        let may_sleep = mode != bindings::migrate_mode_MIGRATE_ASYNC;
 
         match this.replace.replace(&old, new.pfn() as u64, may_sleep) {
             Ok(()) => {
@@ -276,7 +284,7 @@ impl<R: MigratePage> NodePages<R> {
         // the core requires.
         unsafe {
             pages.base_pages.with_head(|head| {
-                bindings::balloon_page_list_enqueue(self.info.get(), head);
+                bindings::balloon_page_list_enqueue(self.core(), head);
                 0
             })
         };
@@ -350,7 +358,7 @@ impl<R: MigratePage> NodePages<R> {
         unsafe {
             pages
                 .base_pages
-                .with_head(|head| bindings::balloon_page_list_dequeue(self.info.get(), head, max))
+                .with_head(|head| bindings::balloon_page_list_dequeue(self.core(), head, max))
         };
 
         // INVARIANT: That many pages were taken off the list.
