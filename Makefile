@@ -149,8 +149,8 @@ help:
 	@echo "make fmt        format the sources (make fmt-check: check only)"
 	@echo "make clean      remove build products of this checkout"
 	@echo
-	@echo "KERNEL=NAME        run the tests in that guest kernel only: test, debug, kcsan, latency, arm64, arm64-16k"
-	@echo "                   and arm64-64k (pages of 16 and 64 KiB), riscv64, s390x, powerpc64le,"
+	@echo "KERNEL=NAME        run the tests in that guest kernel only: test, debug, kcsan, kcfi, latency, arm64,"
+	@echo "                   arm64-16k and arm64-64k (pages of 16 and 64 KiB), riscv64, s390x, powerpc64le,"
 	@echo "                   loongarch64 (compiles only), or debian (Debian's own, with the module from the package)"
 	@echo "ONLY=TEXT          run only the scenarios with TEXT in their name (or: host, kunit, packages,"
 	@echo "                   in-tree), or the benchmarks"

@@ -19,12 +19,12 @@ pub(crate) struct Toolchain {
 impl Toolchain {
     /// The compilers of a kernel, with the Rust compiler in the directory `rust` instead of the build root's, if there is
     /// one. The kernel allows Rust with KASAN for clang only. With clang, KCSAN can instrument Rust in the same way as C.
-    /// And clang also compiles for other architectures.
+    /// Only clang has kCFI. And clang also compiles for other architectures.
     pub(crate) fn of(kernel: Kernel, rust: Option<PathBuf>) -> Self {
         let clang = "LLVM=1".to_owned();
         let variables = match (kernel, kernel.foreign()) {
             (_, Some(architecture)) => vec![clang, format!("ARCH={}", architecture.linux)],
-            (Kernel::Debug | Kernel::Kcsan, None) => vec![clang],
+            (Kernel::Debug | Kernel::Kcsan | Kernel::Kcfi, None) => vec![clang],
             _ => Vec::new(),
         };
         Self { variables, rust }

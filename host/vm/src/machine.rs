@@ -24,6 +24,8 @@ pub enum Kernel {
     Kcsan,
     /// With tracers for the time with interrupts or preemption off.
     Latency,
+    /// With kCFI, which checks the types of callbacks.
+    Kcfi,
     /// The test kernel for arm64.
     Arm64,
     /// The same with pages of 16 KiB.
@@ -55,7 +57,9 @@ impl Kernel {
     /// Its architecture, unless that is the host's.
     pub fn foreign(self) -> Option<&'static Architecture> {
         match self {
-            Self::Test | Self::Debug | Self::Debian | Self::Kcsan | Self::Latency => None,
+            Self::Test | Self::Debug | Self::Debian | Self::Kcsan | Self::Latency | Self::Kcfi => {
+                None
+            }
             Self::Arm64 | Self::Arm64Pages16k | Self::Arm64Pages64k => Some(&ARM64),
             Self::Riscv64 => Some(&RISCV64),
             Self::S390x => Some(&S390X),

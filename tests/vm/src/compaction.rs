@@ -11,8 +11,8 @@ use vm::{Device, Driver, Exit, Guest, Load, PageFlag, Size};
 use crate::debugfs::{show, value};
 use crate::lifecycle::device;
 use crate::scenario::{
-    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, EXTENDED_DEVICE, PATIENCE, RUST_DRIVER, Scenario,
-    Setup, TEST_KERNEL,
+    ALL_DEVICES, BOTH_DRIVERS, CALLBACK_KERNELS, EXTENDED_DEVICE, FAST_KERNELS, PATIENCE,
+    RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
 };
 use crate::sizes::{check_free, check_size};
 
@@ -36,7 +36,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "memory_offline",
         proves: "a memory block that is full of balloon pages can be taken offline",
-        kernels: TEST_KERNEL,
+        kernels: FAST_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
         run: memory_offline,
@@ -44,7 +44,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "blocks_offline",
         proves: "a memory block that is full of unsplit blocks of the balloon can be taken offline, too",
-        kernels: BOTH_KERNELS,
+        kernels: CALLBACK_KERNELS,
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
         run: blocks_offline,
@@ -60,7 +60,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "contiguous_allocation",
         proves: "an allocation from the contiguous memory allocator migrates pages of the balloon",
-        kernels: TEST_KERNEL,
+        kernels: FAST_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: BLOCKS_OR_PAGES,
         run: contiguous_allocation,

@@ -13,8 +13,8 @@ use vm::{Allocation, Config, Device, Driver, Guest, Load, Machine, RunningLoad, 
 
 use crate::lifecycle::{device, driver_directory};
 use crate::scenario::{
-    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, DEBUG_KERNEL, EXTENDED_DEVICE, RUST_DRIVER, Scenario,
-    Setup, VHOST_USER_DEVICE,
+    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, CALLBACK_KERNELS, DEBUG_KERNEL, EXTENDED_DEVICE,
+    RUST_DRIVER, Scenario, Setup, VHOST_USER_DEVICE,
 };
 use crate::sizes::{check_free, check_size};
 use crate::unused::{ask, unused};
@@ -88,7 +88,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "memory_hotplug",
         proves: "the balloon inflates with plugged memory, and vacates it before it is unplugged",
-        kernels: BOTH_KERNELS,
+        kernels: CALLBACK_KERNELS,
         drivers: BOTH_DRIVERS,
         // QEMU's own device counts the memory module as a part of the balloon.
         devices: VHOST_USER_DEVICE,

@@ -6,14 +6,16 @@
 use anyhow::{Result, ensure};
 use vm::{Config, Guest, Load, Migration, Offer, RunningLoad, Size, Transfer};
 
-use crate::scenario::{BOTH_DRIVERS, BOTH_KERNELS, PATIENCE, QEMU_DEVICE, Scenario, Setup};
+use crate::scenario::{
+    BOTH_DRIVERS, BOTH_KERNELS, CALLBACK_KERNELS, PATIENCE, QEMU_DEVICE, Scenario, Setup,
+};
 use crate::sizes::check_size;
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "migrate_with_hints",
         proves: "a guest migrates without its unused memory, and has its data and all of its memory afterwards",
-        kernels: BOTH_KERNELS,
+        kernels: CALLBACK_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: QEMU_DEVICE,
         run: migrate_with_hints,

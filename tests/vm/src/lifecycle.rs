@@ -10,7 +10,8 @@ use serde_json::json;
 use vm::{Device, Driver, Guest, Size};
 
 use crate::scenario::{
-    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, PATIENCE, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup,
+    ALL_DEVICES, BOTH_DRIVERS, CALLBACK_KERNELS, PATIENCE, QEMU_DEVICE, RUST_DRIVER, Scenario,
+    Setup,
 };
 use crate::sizes::{check_free, check_size};
 
@@ -18,7 +19,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "rmmod_full",
         proves: "unloading the module returns all memory to the guest, loading it inflates again",
-        kernels: BOTH_KERNELS,
+        kernels: CALLBACK_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
         run: rmmod_full,
@@ -26,7 +27,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "rmmod_while_watched",
         proves: "an open file of the driver holds the module, and not the device",
-        kernels: BOTH_KERNELS,
+        kernels: CALLBACK_KERNELS,
         drivers: RUST_DRIVER,
         devices: ALL_DEVICES,
         run: rmmod_while_watched,
@@ -34,7 +35,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "rebind",
         proves: "unbinding returns all memory to the guest, also while the balloon inflates",
-        kernels: BOTH_KERNELS,
+        kernels: CALLBACK_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
         run: rebind,
@@ -42,7 +43,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "unplug_while_inflating",
         proves: "a device can be unplugged at any moment, and another one plugged",
-        kernels: BOTH_KERNELS,
+        kernels: CALLBACK_KERNELS,
         drivers: RUST_DRIVER,
         devices: QEMU_DEVICE,
         run: unplug_while_inflating,
@@ -50,7 +51,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "power_off_while_inflating",
         proves: "a guest powers off while its balloon inflates",
-        kernels: BOTH_KERNELS,
+        kernels: CALLBACK_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
         run: power_off_while_inflating,

@@ -8,8 +8,8 @@ use vm::{Config, Driver, Guest, Size, Zeroing};
 use crate::debugfs::{show, value};
 use crate::lifecycle::device;
 use crate::scenario::{
-    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, EXTENDED_DEVICE, PATIENCE, RUST_DRIVER, Scenario,
-    Setup,
+    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, CALLBACK_KERNELS, EXTENDED_DEVICE, PATIENCE,
+    RUST_DRIVER, Scenario, Setup,
 };
 use crate::unused::{ask, unused};
 
@@ -17,7 +17,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "observability",
         proves: "counters, trace events and the log agree with the guest's kernel and with the device",
-        kernels: BOTH_KERNELS,
+        kernels: CALLBACK_KERNELS,
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
         run: observability,
@@ -25,7 +25,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "attributes",
         proves: "sysfs shows the balloon's state, accepts settings at run time, and notifies of a new stop reason",
-        kernels: BOTH_KERNELS,
+        kernels: CALLBACK_KERNELS,
         drivers: RUST_DRIVER,
         devices: ALL_DEVICES,
         run: attributes,

@@ -10,15 +10,15 @@ use vm::{Driver, Exit, Guest, Load, Offer, Output, RunningLoad, Size};
 use crate::nodes::{check_nodes, on_both};
 use crate::reporting::wait_until_taken;
 use crate::scenario::{
-    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, OOM, PATIENCE, RUST_DRIVER, Scenario, Setup,
-    TEST_KERNEL,
+    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, CALLBACK_KERNELS, OOM, PATIENCE, RUST_DRIVER,
+    Scenario, Setup, TEST_KERNEL,
 };
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "deflate_on_oom",
         proves: "a process that needs more memory than is left survives, because the balloon deflates",
-        kernels: BOTH_KERNELS,
+        kernels: CALLBACK_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
         run: deflate_on_oom,

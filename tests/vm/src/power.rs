@@ -10,7 +10,8 @@ use vm::{Config, Device, Guest, Load, Machine, RunningLoad, Size, Zeroing};
 
 use crate::lifecycle::{begin_inflating, device};
 use crate::scenario::{
-    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, PATIENCE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
+    ALL_DEVICES, BOTH_DRIVERS, CALLBACK_KERNELS, PATIENCE, RUST_DRIVER, Scenario, Setup,
+    TEST_KERNEL,
 };
 use crate::sizes::{check_free, check_size};
 use crate::statistics::{newer, poll};
@@ -19,7 +20,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "suspend_to_ram",
         proves: "a suspended guest has all of its memory, and inflates the balloon again after resume",
-        kernels: BOTH_KERNELS,
+        kernels: CALLBACK_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
         run: suspend_to_ram,
@@ -27,7 +28,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "suspend_while_inflating",
         proves: "a guest suspends while its balloon inflates, and continues to inflate after resume",
-        kernels: BOTH_KERNELS,
+        kernels: CALLBACK_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
         run: suspend_while_inflating,
@@ -35,7 +36,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "hibernate",
         proves: "a hibernated guest resumes in another QEMU, with its data, and with that QEMU's target",
-        kernels: BOTH_KERNELS,
+        kernels: CALLBACK_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
         run: hibernate,
@@ -43,7 +44,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "reboot",
         proves: "after a reboot with a full balloon both sides start with an empty one",
-        kernels: BOTH_KERNELS,
+        kernels: CALLBACK_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
         run: reboot,
@@ -51,7 +52,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "reboot_to_empty",
         proves: "the host sees that a guest has an empty balloon after a reboot",
-        kernels: BOTH_KERNELS,
+        kernels: CALLBACK_KERNELS,
         // The C driver writes `actual` only when it inflates or deflates.
         drivers: RUST_DRIVER,
         devices: ALL_DEVICES,
@@ -60,7 +61,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "kexec",
         proves: "a kernel that is started by kexec while the balloon inflates has all memory",
-        kernels: BOTH_KERNELS,
+        kernels: CALLBACK_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
         run: kexec,
@@ -77,7 +78,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "wakeup_source",
         proves: "the device keeps a guest awake while its balloon changes, if the user enables that, and no longer",
-        kernels: BOTH_KERNELS,
+        kernels: CALLBACK_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
         run: wakeup_source,
@@ -85,7 +86,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "wakeup_source_for_statistics",
         proves: "the guest stays awake until it has answered a request for statistics",
-        kernels: BOTH_KERNELS,
+        kernels: CALLBACK_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
         run: wakeup_source_for_statistics,
@@ -93,7 +94,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "wakeup_source_while_stuck",
         proves: "a balloon that cannot grow does not keep its guest awake",
-        kernels: BOTH_KERNELS,
+        kernels: CALLBACK_KERNELS,
         // The C driver retries without end, and keeps its guest awake meanwhile.
         drivers: RUST_DRIVER,
         devices: ALL_DEVICES,

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use vm::{Driver, Guest, Load, Offer, RunningLoad, Size};
 
 use crate::scenario::{
-    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, PATIENCE, Scenario, Setup, TEST_KERNEL,
+    ALL_DEVICES, BOTH_DRIVERS, CALLBACK_KERNELS, PATIENCE, Scenario, Setup, TEST_KERNEL,
 };
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
@@ -24,7 +24,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "reporting_and_ballooning",
         proves: "the guest's data stay intact while pages are reported and ballooned",
-        kernels: BOTH_KERNELS,
+        kernels: CALLBACK_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
         run: reporting_and_ballooning,

@@ -13,7 +13,7 @@ use serde_json::Value;
 use vm::{Daemon, Guest, Load, Offer, Size};
 
 use crate::scenario::{
-    BOTH_DRIVERS, BOTH_KERNELS, EXTENDED_DEVICE, PATIENCE, RUST_DRIVER, Scenario, Setup,
+    BOTH_DRIVERS, CALLBACK_KERNELS, EXTENDED_DEVICE, PATIENCE, RUST_DRIVER, Scenario, Setup,
     TEST_KERNEL, VHOST_USER_DEVICE,
 };
 use crate::vhost_user::{balloonctl, wait_driver, wait_restarted};
@@ -22,7 +22,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "host_requests",
         proves: "the guest answers the host's requests, while its data stay intact, and after a restart of the device",
-        kernels: BOTH_KERNELS,
+        kernels: CALLBACK_KERNELS,
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
         run: host_requests,

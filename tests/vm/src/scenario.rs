@@ -32,6 +32,7 @@ pub(crate) const ALL_KERNELS: &[Kernel] = &[Kernel::Test, Kernel::Debug, Kernel:
 pub(crate) const ALL_ARCHITECTURES: &[Kernel] = &[
     Kernel::Test,
     Kernel::Debug,
+    Kernel::Kcfi,
     Kernel::Debian,
     Kernel::Arm64,
     Kernel::Arm64Pages16k,
@@ -51,6 +52,10 @@ pub(crate) const TEST_KERNELS: &[Kernel] = &[
     Kernel::Powerpc64le,
 ];
 pub(crate) const BOTH_KERNELS: &[Kernel] = &[Kernel::Test, Kernel::Debug];
+/// For scenarios in which the kernel calls functions of the driver that it does not call in others.
+pub(crate) const CALLBACK_KERNELS: &[Kernel] = &[Kernel::Test, Kernel::Debug, Kernel::Kcfi];
+/// The same, unless the debug kernel is too slow.
+pub(crate) const FAST_KERNELS: &[Kernel] = &[Kernel::Test, Kernel::Kcfi];
 pub(crate) const DEBUG_KERNEL: &[Kernel] = &[Kernel::Debug];
 pub(crate) const TEST_KERNEL: &[Kernel] = &[Kernel::Test];
 pub(crate) const BOTH_DRIVERS: &[Driver] = &[Driver::Rust, Driver::C];

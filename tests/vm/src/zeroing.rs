@@ -13,8 +13,8 @@ use crate::debugfs::{show, value};
 use crate::nodes::check_nodes;
 use crate::reporting::wait_until_taken;
 use crate::scenario::{
-    ALL_DEVICES, BOTH_KERNELS, EXTENDED_DEVICE, PATIENCE, QEMU_DEVICE, RUST_DRIVER, Scenario,
-    Setup, TEST_KERNEL,
+    ALL_DEVICES, BOTH_KERNELS, EXTENDED_DEVICE, FAST_KERNELS, PATIENCE, QEMU_DEVICE, RUST_DRIVER,
+    Scenario, Setup, TEST_KERNEL,
 };
 use crate::sizes::{agree, check_size};
 
@@ -22,7 +22,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "zeroing_blocks",
         proves: "the balloon inflates with memory blocks where the kernel zeroes memory and does not need more of the host",
-        kernels: TEST_KERNEL,
+        kernels: FAST_KERNELS,
         drivers: RUST_DRIVER,
         devices: ALL_DEVICES,
         run: blocks,
