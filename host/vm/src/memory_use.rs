@@ -14,10 +14,13 @@ use crate::size::Size;
 use crate::stopwatch::PATIENCE;
 
 impl Config {
-    /// A guest that uses its memory. An emulated processor with string instructions clears memory byte by byte,
+    /// A guest that uses its memory. An emulated x86 processor with string instructions clears memory byte by byte,
     /// which takes much longer than the measured operation.
     pub fn using_memory(self) -> Self {
-        self.argument("-cpu", "max,-erms,-fsrm,-fzrm")
+        match self.artifacts.kernel.foreign() {
+            None => self.argument("-cpu", "max,-erms,-fsrm,-fzrm"),
+            Some(_) => self,
+        }
     }
 }
 

@@ -301,11 +301,13 @@ mod tests {
     fn another_architecture_is_translated() {
         let line = config_for(Kernel::Arm64)
             .accel(Accel::Kvm)
+            .using_memory()
             .command_line(None)
             .join(" ");
         assert!(line.contains("-machine virt,accel=tcg "), "{line}");
         assert!(line.contains("console=ttyAMA0"), "{line}");
         assert!(!line.contains("reboot=triple"), "{line}");
+        assert!(!line.contains("erms"), "{line}");
         assert!(line.contains("virtio-balloon-pci,id=balloon0"), "{line}");
     }
 
