@@ -9,7 +9,7 @@ use std::thread::{self, available_parallelism};
 use anyhow::Result;
 use scenarios::{SCENARIOS, Scenario, Setup};
 use vm::ktap::Outcome;
-use vm::{Artifacts, Device, Driver, Kernel};
+use vm::{Architecture, Artifacts, Device, Driver, Kernel};
 
 use crate::cli::Guests;
 use crate::places::Places;
@@ -301,6 +301,12 @@ pub(crate) fn takes_long(scenario: &Scenario) -> bool {
     LONG_SCENARIOS.contains(&scenario.name)
 }
 
+/// Whether a kernel's guests can use a device.
+fn can_use(kernel: Kernel, device: Device) -> bool {
+    let has_intx = |architecture: &Architecture| architecture.has_intx;
+    device == Device::Qemu || kernel.foreign().is_none_or(has_intx)
+}
+
 /// Runs a scenario in one variant.
 pub(crate) fn run_scenario(
     scenario: &Scenario,
@@ -324,6 +330,10 @@ pub(crate) fn run_scenario(
         (scenario.kernels.contains(&kernel), "kernel"),
         (scenario.drivers.contains(&driver), "driver"),
         (scenario.devices.contains(&device), "device"),
+        (
+            can_use(kernel, device),
+            "device in this kernel: the board has no interrupt for it",
+        ),
     ];
     if let Some((_, what)) = unfit.iter().find(|(is_for_it, _)| !is_for_it) {
         let outcome = Outcome::Skipped(format!("not for this {what}"));

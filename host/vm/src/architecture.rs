@@ -32,6 +32,9 @@ pub struct Architecture {
     pub machine: &'static str,
     /// The suffix of QEMU's virtio devices for the board.
     pub bus: &'static str,
+    /// Whether PCI devices of the board can interrupt by INTx. QEMU's vhost-user device has one MSI-X vector, and Linux
+    /// then uses INTx for virtio.
+    pub has_intx: bool,
     /// The kernel's name for the board's console.
     pub console: &'static str,
 }
@@ -50,6 +53,7 @@ pub(crate) static ARM64: Architecture = Architecture {
     qemu: "qemu-system-aarch64",
     machine: "virt",
     bus: "pci",
+    has_intx: true,
     console: "ttyAMA0",
 };
 
@@ -67,6 +71,7 @@ pub(crate) static RISCV64: Architecture = Architecture {
     qemu: "qemu-system-riscv64",
     machine: "virt",
     bus: "pci",
+    has_intx: true,
     console: "ttyS0",
 };
 
@@ -85,6 +90,7 @@ pub(crate) static S390X: Architecture = Architecture {
     qemu: "qemu-system-s390x",
     machine: "s390-ccw-virtio",
     bus: "ccw",
+    has_intx: false,
     console: "ttysclp0",
 };
 
@@ -102,6 +108,7 @@ pub(crate) static POWERPC64LE: Architecture = Architecture {
     qemu: "qemu-system-ppc64",
     machine: "pseries",
     bus: "pci",
+    has_intx: true,
     console: "hvc0",
 };
 
@@ -119,5 +126,6 @@ pub(crate) static LOONGARCH64: Architecture = Architecture {
     qemu: "qemu-system-loongarch64",
     machine: "virt",
     bus: "pci",
+    has_intx: true,
     console: "ttyS0",
 };
