@@ -165,6 +165,7 @@ help:
 	@echo "ACCEL=kvm|tcg      QEMU's accelerator (default: kvm if the processor supports it)"
 	@echo "VERBOSE=1          show the guests' logs while they run"
 	@echo "KSRC=DIRECTORY     build the guests' kernels from that source"
+	@echo "SUITE=sid          use Debian's newest kernel and compilers, in a build root and a cache of their own"
 	@echo "AUTHOR=TEXT        sign the patches off as that author, NAME <ADDRESS> (default: MAINTAINERS)"
 	@echo
 	@echo "Targets other than all, in-tree, diagrams and clean make a Debian 13 build root and the guest kernels"
