@@ -141,7 +141,10 @@ fn out_of_memory(
     guest.sh(&take)?;
     guest.write_file("/proc/sys/vm/overcommit_memory", "1")?;
     let longest = measure("a process that runs out of memory", &|| {
-        let mib = (LEFT + Size::gib(3)).as_mib().try_into()?;
+        // The kernel may not have taken all blocks offline.
+        let mib = (guest.meminfo()?.available + Size::gib(3))
+            .as_mib()
+            .try_into()?;
         let status = guest.start_load(Load::Touch { mib })?.wait()?;
         ensure!(
             status.exit == Some(Exit::Signal(9)),
