@@ -58,6 +58,7 @@ mod sent;
 mod size;
 mod snapshot;
 mod stopwatch;
+mod threads;
 mod time_stamp_counter;
 mod tracing;
 mod virtio_mem;

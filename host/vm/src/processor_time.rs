@@ -2,7 +2,6 @@
 
 //! The CPU time of the host and of the guest.
 
-use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -11,6 +10,7 @@ use procfs::ticks_per_second;
 
 use crate::daemon::Daemon;
 use crate::guest::Guest;
+use crate::threads::of_threads;
 
 /// The guest's clock ticks per second.
 const GUEST_TICKS: u64 = 100;
@@ -73,35 +73,4 @@ fn of_process(pid: u32) -> Result<Duration> {
     let stat = Process::new(pid.try_into()?)?.stat()?;
     let milliseconds = (stat.utime + stat.stime) * 1000 / ticks_per_second();
     Ok(Duration::from_millis(milliseconds))
-}
-
-/// The CPU time of a process's threads for whose names `is_counted` returns true.
-pub(crate) fn of_threads(pid: i32, is_counted: impl Fn(&str) -> bool) -> Result<Duration> {
-    let mut total = 0;
-    for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
-        let thread = thread?;
-        // It may end meanwhile.
-        let read = |file| fs::read_to_string(thread.path().join(file)).unwrap_or_default();
-        if is_counted(&read("comm")) {
-            total += nanoseconds(&read("schedstat"));
-        }
-    }
-    Ok(Duration::from_nanos(total))
-}
-
-/// The first number of a schedstat file.
-fn nanoseconds(times: &str) -> u64 {
-    let first = times.split_whitespace().next();
-    first.and_then(|time| time.parse().ok()).unwrap_or(0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_time_on_a_processor_comes_first() {
-        assert_eq!(nanoseconds("877068 86288 2\n"), 877_068);
-        assert_eq!(nanoseconds(""), 0);
-    }
 }

@@ -8,8 +8,8 @@ use anyhow::{Context, Result};
 use procfs::process::Process;
 
 use super::Daemon;
-use crate::processor_time::of_threads;
 use crate::size::Size;
+use crate::threads::of_threads;
 
 impl Daemon {
     /// The anonymous memory of its two processes: all of their memory but programs and the guest's memory.
