@@ -56,6 +56,9 @@ pub(crate) const PAGES_PER_RUN: usize = 1 << (30 - PAGE_SHIFT);
 /// messages: in whole GiB, since a message has many ranges for a remainder below a block.
 const PART_PER_RUN: usize = 8;
 
+/// The most that one run inflates: what a batch has windows for, wherever the memory begins.
+const MAX_PER_RUN: usize = 7 * PAGES_PER_RUN;
+
 /// The most pages that one run allocates if the kernel zeroes them: 64 MiB.
 const ZEROED_PER_RUN: usize = 1 << (26 - PAGE_SHIFT);
 
@@ -89,10 +92,9 @@ impl Balloon {
         let above_floor = self.available_above_reserve();
         let now_wanted = wanted.min(match memory::is_zeroed_on_allocation() {
             true => ZEROED_PER_RUN,
-            false => {
-                let part = memory::present_pages() / PART_PER_RUN;
-                PAGES_PER_RUN.max(part - part % PAGES_PER_RUN)
-            }
+            false => (memory::present_pages() / PART_PER_RUN)
+                .next_multiple_of(PAGES_PER_RUN)
+                .min(MAX_PER_RUN),
         });
         let stop = self.grow_by_nodes(worker, now_wanted.min(above_floor));
         drop(reserve);

@@ -28,7 +28,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "costs_large",
-        proves: "a guest of 64 GiB lists an eighth of its idle memory in one message",
+        proves: "a guest of 64 GiB lists 7 GiB of its idle memory in one message",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
@@ -145,7 +145,7 @@ fn fragmented(setup: &Setup) -> Result<()> {
 
 fn large(setup: &Setup) -> Result<()> {
     const SIZE: Size = Size::gib(56);
-    // One for each eighth of the memory, and some more: others may have their turn in between.
+    // One for each 7 GiB, and some more: other tasks may run in between.
     const LIMIT: u64 = 10;
     vm::run(&setup.config().memory(Size::gib(64)), |guest| {
         guest.insmod(setup.driver, setup.driver.low_floor())?;
