@@ -26,12 +26,13 @@ impl Guest {
         Ok(total)
     }
 
-    /// The CPU time of what is not a processor of the guest: QEMU's other threads, and those of the daemon. It leaves
-    /// out threads that have ended, as one that answers a client does with the connection.
+    /// The CPU time of QEMU without the guest's processors, and of the daemon. It leaves out threads of the daemon that
+    /// have ended, as one that answers a client does with the connection.
     pub fn device_cpu_time(&self) -> Result<Duration> {
         let home = self.home();
-        let is_device = |name: &str| !name.starts_with("CPU ");
-        let mut total = of_threads(home.qemu.id().try_into()?, is_device)?;
+        let qemu = home.qemu.id();
+        let guest = of_threads(qemu.try_into()?, |name| name.starts_with("CPU "))?;
+        let mut total = of_process(qemu)?.saturating_sub(guest);
         if let Some(daemon) = &home.daemon {
             total += daemon.thread_time()?;
         }
