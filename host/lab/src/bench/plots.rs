@@ -124,7 +124,7 @@ pub(super) const PLOTS: &[Plot] = &[
             ("translate", "inflate-idle", |record| {
                 one(record.stages?.translate)
             }),
-            ("give back", "inflate-idle", |record| {
+            ("return", "inflate-idle", |record| {
                 one(record.stages?.give_back)
             }),
         ],

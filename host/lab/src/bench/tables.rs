@@ -226,7 +226,7 @@ fn stage_columns() -> Vec<Column<'static>> {
         stage("allocate", |stages| stages.allocate),
         stage("send", |stages| stages.send),
         stage("translate", |stages| stages.translate),
-        stage("give back", |stages| stages.give_back),
+        stage("return", |stages| stages.give_back),
     ]
 }
 
