@@ -60,7 +60,7 @@ impl Kind {
     /// may stay unsplit, movable ones from everywhere. `None` after an order-0 page.
     ///
     /// Order-0 pages follow pageblocks. To fail for an order between them costs more than it saves:
-    /// the kernel would begin to compact memory for it, or raise watermarks.
+    /// the kernel would begin to compact memory for it. Only the rest of a target has such orders.
     fn next(self) -> Option<Self> {
         match self.order {
             0 => None,

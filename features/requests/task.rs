@@ -88,7 +88,7 @@ pub(super) struct HostRequests {
 enum Step {
     /// It continues.
     Again,
-    /// It waits for the device, or for caches to be dropped.
+    /// It waits for the device, for caches to be dropped, or for another allocation.
     Wait,
     /// It is completed.
     Over,
