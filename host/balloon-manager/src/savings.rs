@@ -88,31 +88,19 @@ impl fmt::Display for Savings {
 
 #[cfg(test)]
 mod tests {
-    use balloon_policy::{GIB, MIB, Release, Settings, VmId};
+    use balloon_policy::{GIB, MIB, Settings, VmId};
 
     use super::*;
 
     /// A VM of 4 GiB with a balloon of 1 GiB and this much available memory.
     fn vm(available: Pages, resident: Option<Pages>) -> Vm {
+        let settings = Settings {
+            floor: 0,
+            ceiling: 4 * GIB,
+            weight: 1,
+        };
         Vm {
-            id: VmId(0),
-            settings: Settings {
-                floor: 0,
-                ceiling: 4 * GIB,
-                weight: 1,
-            },
-            memory: 4 * GIB,
-            target: GIB,
-            size: GIB,
             resident,
-            unusable: 0,
-            answered: 0,
-            granule: 1,
-            lapsed: false,
-            release: Release::NONE,
-            driver: true,
-            frozen: false,
-            stopped: None,
             sample: Some(Sample {
                 taken: 0,
                 free: available / 2,
@@ -121,6 +109,7 @@ mod tests {
                 swapped_in: 0,
                 kills: 0,
             }),
+            ..Vm::new(VmId(0), settings, 4 * GIB, GIB)
         }
     }
 

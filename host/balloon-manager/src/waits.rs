@@ -92,33 +92,18 @@ impl Waits {
 
 #[cfg(test)]
 mod tests {
-    use balloon_policy::{GIB, Pressure, Release, Settings, VmId};
+    use balloon_policy::{GIB, Pressure, Settings, VmId};
 
     use super::*;
 
     /// A VM of 4 GiB that can use so much of it.
     const fn vm(usable: Pages) -> Vm {
-        Vm {
-            id: VmId(0),
-            settings: Settings {
-                floor: 0,
-                ceiling: 4 * GIB,
-                weight: 1,
-            },
-            memory: 4 * GIB,
-            target: 0,
-            size: 4 * GIB - usable,
-            resident: None,
-            unusable: 0,
-            answered: 0,
-            granule: 1,
-            lapsed: false,
-            release: Release::NONE,
-            driver: true,
-            frozen: false,
-            stopped: None,
-            sample: None,
-        }
+        let settings = Settings {
+            floor: 0,
+            ceiling: 4 * GIB,
+            weight: 1,
+        };
+        Vm::new(VmId(0), settings, 4 * GIB, 4 * GIB - usable)
     }
 
     const fn account(need: Pages, pressed: Option<Pressure>) -> Account {

@@ -121,6 +121,27 @@ pub struct Vm {
 }
 
 impl Vm {
+    /// A VM with a working driver and a balloon that has its target as its size. Nothing else is known of it.
+    pub const fn new(id: VmId, settings: Settings, memory: Pages, balloon: Pages) -> Self {
+        Self {
+            id,
+            settings,
+            memory,
+            target: balloon,
+            size: balloon,
+            resident: None,
+            unusable: 0,
+            answered: 0,
+            granule: 1,
+            lapsed: false,
+            release: Release::NONE,
+            driver: true,
+            frozen: false,
+            stopped: None,
+            sample: None,
+        }
+    }
+
     /// The memory that the guest has touched, and what it can never touch, if the first is known.
     pub(crate) fn touched(&self) -> Option<Pages> {
         let resident = self.resident?;

@@ -19,6 +19,12 @@ use proptest::option;
 use proptest::prelude::*;
 use world::{Behaviour, Guest, World};
 
+const SETTINGS: Settings = Settings {
+    floor: GIB / 4,
+    ceiling: 4 * GIB,
+    weight: 1_000,
+};
+
 /// Thousands, unless the environment says otherwise.
 fn cases() -> ProptestConfig {
     let config = ProptestConfig {
@@ -81,26 +87,23 @@ fn any_vm() -> impl Strategy<Value = Vm> {
         |((floor, ceiling, weight), (memory, target, size, resident, answered), flags, sample)| {
             let (granule, release, driver, frozen, stopped) = flags;
             let (resident, unusable) = resident;
+            let settings = Settings {
+                floor: floor.min(ceiling),
+                ceiling,
+                weight,
+            };
             Vm {
-                id: VmId(0),
-                settings: Settings {
-                    floor: floor.min(ceiling),
-                    ceiling,
-                    weight,
-                },
-                memory,
-                target,
                 size,
                 resident,
                 unusable,
                 answered,
                 granule,
-                lapsed: false,
                 release,
                 driver,
                 frozen,
                 stopped,
                 sample,
+                ..Vm::new(VmId(0), settings, memory, target)
             }
         },
     )
@@ -786,25 +789,12 @@ fn a_guest_that_ran_out_of_memory_can_be_asked_again() {
             kills: 0,
         };
         let vm = Vm {
-            id: VmId(0),
-            settings: Settings {
-                floor: GIB / 4,
-                ceiling: 4 * GIB,
-                weight: 1_000,
-            },
-            memory: 4 * GIB,
-            target,
             size: GIB,
             resident: Some(3 * GIB),
-            unusable: 0,
             answered: u64::MAX,
-            granule: 1,
-            lapsed: false,
-            release: Release::NONE,
-            driver: true,
-            frozen: false,
             stopped: (now > 60_000).then_some(Stopped::AfterOom),
             sample: Some(sample),
+            ..Vm::new(VmId(0), SETTINGS, 4 * GIB, target)
         };
         let observation = Observation {
             now,
@@ -838,25 +828,11 @@ fn account_of(available: Pages, untouched: Pages, unusable: Pages) -> Account {
             kills: 0,
         };
         let vm = Vm {
-            id: VmId(0),
-            settings: Settings {
-                floor: GIB / 4,
-                ceiling: 4 * GIB,
-                weight: 1_000,
-            },
-            memory: 4 * GIB,
-            target: 2 * GIB,
-            size: 2 * GIB,
             resident: Some(2 * GIB - untouched),
             unusable,
             answered: u64::MAX,
-            granule: 1,
-            lapsed: false,
-            release: Release::NONE,
-            driver: true,
-            frozen: false,
-            stopped: None,
             sample: Some(sample),
+            ..Vm::new(VmId(0), SETTINGS, 4 * GIB, 2 * GIB)
         };
         let observation = Observation {
             now,

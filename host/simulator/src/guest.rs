@@ -2,7 +2,7 @@
 
 //! A guest: its processes, its page cache and its balloon.
 
-use balloon_policy::{GIB, MIB, Millis, Pages, Release, Sample, Settings, Stopped, Vm, VmId};
+use balloon_policy::{GIB, MIB, Millis, Pages, Sample, Settings, Stopped, Vm, VmId};
 use fastrand::Rng;
 
 use crate::load::{Process, TICK, processes};
@@ -338,21 +338,14 @@ impl Guest {
             }
         }
         Vm {
-            id: VmId(id),
-            settings,
-            memory: self.memory,
-            target: self.target,
             size: self.size,
             resident: Some(self.resident),
             unusable,
             answered: self.answered,
-            granule: 1,
-            lapsed: false,
-            release: Release::NONE,
             driver: self.is_up(now),
-            frozen: false,
             stopped: (self.stopped && self.target > self.size).then_some(Stopped::Full),
             sample: sample.filter(|_| self.is_up(now)),
+            ..Vm::new(VmId(id), settings, self.memory, self.target)
         }
     }
 }

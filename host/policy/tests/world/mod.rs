@@ -197,10 +197,6 @@ impl Guest {
             settings.ceiling = settings.floor;
         }
         Vm {
-            id: VmId(id),
-            settings,
-            memory: self.memory,
-            target: self.target,
             size: self.size,
             resident: self.resident(),
             unusable: match self.behaviour {
@@ -210,13 +206,12 @@ impl Guest {
             },
             answered: self.answered,
             granule: self.granule,
-            lapsed: false,
             release: self.release,
-            driver: true,
             frozen: self.frozen,
             stopped: (self.size < self.target && self.behaviour == Behaviour::Random && rng.bool())
                 .then_some(Stopped::Full),
             sample: self.sample(now, rng),
+            ..Vm::new(VmId(id), settings, self.memory, self.target)
         }
     }
 }

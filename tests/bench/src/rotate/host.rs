@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use balloon_policy::{MIB, Millis, Observation, Pages, Release, Sample, Settings, Vm, VmId};
+use balloon_policy::{MIB, Millis, Observation, Pages, Sample, Settings, Vm, VmId};
 use balloon_simulator::rules::{self, Rule, View};
 use vm::{Guest, Manager, Size};
 
@@ -209,26 +209,17 @@ impl<'a> Host<'a> {
                 kills: 0,
             })
         });
+        let settings = Settings {
+            floor: FLOOR,
+            ceiling: memory,
+            weight: 1_000,
+        };
         Ok(Vm {
-            id: VmId(id),
-            settings: Settings {
-                floor: FLOOR,
-                ceiling: memory,
-                weight: 1_000,
-            },
-            memory,
-            target: pages(info.target).min(memory),
             size: pages(info.held).min(memory),
             resident: info.resident.map(pages),
-            unusable: 0,
-            answered: 0,
-            granule: 1,
-            lapsed: false,
-            release: Release::NONE,
             driver: info.guest.driver,
-            frozen: false,
-            stopped: None,
             sample: sample.transpose()?,
+            ..Vm::new(VmId(id), settings, memory, pages(info.target).min(memory))
         })
     }
 }
