@@ -418,6 +418,22 @@ impl Drop for Host {
     }
 }
 
+/// A host whose manager runs, and guests of 4 GiB that use 1 GiB. `prepare` changes the first one before that.
+fn running<const N: usize>(
+    config: &str,
+    names: [&str; N],
+    prepare: impl FnOnce(&mut State),
+) -> (Host, [Fake; N]) {
+    let mut host = Host::new(config);
+    let guests = names.map(|_| Fake::new(4 * GIB, GIB));
+    guests[0].change(prepare);
+    for (name, guest) in names.iter().zip(&guests) {
+        host.add(name, guest);
+    }
+    host.run(&[]);
+    (host, guests)
+}
+
 fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
@@ -643,11 +659,7 @@ fn a_daemon_that_hangs_delays_no_other_vm() {
 /// The manager cannot see the memory of these guests itself.
 #[test]
 fn the_daemon_reports_resident_memory() {
-    let mut host = Host::new(SMALL);
-    let web = Fake::new(4 * GIB, GIB);
-    web.change(|state| state.resident = Some(3 * GIB));
-    host.add("web", &web);
-    host.run(&[]);
+    let (host, [web]) = running(SMALL, ["web"], |web| web.resident = Some(3 * GIB));
     for resident in [3 * GIB, 2 * GIB] {
         web.change(|state| state.resident = Some(resident));
         wait_for("the resident memory", || {
@@ -699,10 +711,7 @@ fn a_guest_that_lies_about_its_balloon_counts_with_what_it_has() {
 
 #[test]
 fn the_manager_subscribes_to_events_and_again_after_a_restart_of_the_daemon() {
-    let mut host = Host::new(SMALL);
-    let web = Fake::new(4 * GIB, GIB);
-    host.add("web", &web);
-    host.run(&[]);
+    let (mut host, [web]) = running(SMALL, ["web"], |_| {});
     wait_for("the subscription", || web.get().subscriptions > 0);
     for _ in 0..5 {
         let infos = web.get().infos;
@@ -719,10 +728,7 @@ fn the_manager_subscribes_to_events_and_again_after_a_restart_of_the_daemon() {
 
 #[test]
 fn a_guest_in_need_sends_statistics_more_often() {
-    let mut host = Host::new(SMALL);
-    let web = Fake::new(4 * GIB, GIB);
-    host.add("web", &web);
-    host.run(&[]);
+    let (mut host, [web]) = running(SMALL, ["web"], |_| {});
     let has_interval = |milliseconds| {
         let interval = Some(Duration::from_millis(milliseconds));
         wait_for("the interval", || web.get().interval == interval);
@@ -738,10 +744,7 @@ fn a_guest_in_need_sends_statistics_more_often() {
 
 #[test]
 fn a_vm_counts_while_its_daemon_does_not_know_the_memory() {
-    let mut host = Host::new(SMALL);
-    let web = Fake::new(4 * GIB, GIB);
-    host.add("web", &web);
-    host.run(&[]);
+    let (host, [web]) = running(SMALL, ["web"], |_| {});
     wait_for("the charge", || host.charged() > 0);
     web.change(|state| state.forgets = true);
     let infos = web.get().infos;
@@ -752,10 +755,7 @@ fn a_vm_counts_while_its_daemon_does_not_know_the_memory() {
 /// QEMU runs on, and connects to the next daemon after a while.
 #[test]
 fn a_vm_counts_while_its_daemon_restarts() {
-    let mut host = Host::new(&LEASE.replace("lease = 3", "lease = 15"));
-    let web = Fake::new(4 * GIB, GIB);
-    host.add("web", &web);
-    host.run(&[]);
+    let (mut host, [web]) = running(&LEASE.replace("lease = 3", "lease = 15"), ["web"], |_| {});
     wait_for("the charge", || host.charged() > 0);
     let counts = |host: &Host| {
         let before = host.decisions();
@@ -804,10 +804,7 @@ fn a_vm_whose_vmm_has_ended_with_its_daemon_does_not_count() {
 
 #[test]
 fn a_vm_that_is_none_of_the_configuration_any_more_goes_at_once() {
-    let mut host = Host::new(SMALL);
-    let web = Fake::new(4 * GIB, GIB);
-    host.add("web", &web);
-    host.run(&[]);
+    let (host, [_web]) = running(SMALL, ["web"], |_| {});
     wait_for("the charge", || host.charged() > 0);
     fs::write(
         host.path("config.toml"),
@@ -825,12 +822,7 @@ fn a_vm_that_is_none_of_the_configuration_any_more_goes_at_once() {
 
 #[test]
 fn a_daemon_may_lower_its_target_by_itself() {
-    let mut host = Host::new(LEASE);
-    let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
-    web.change(|state| state.release = Some(0));
-    host.add("web", &web);
-    host.add("db", &db);
-    host.run(&[]);
+    let (host, [web, db]) = running(LEASE, ["web", "db"], |web| web.release = Some(0));
     wait_for("a release", || web.get().release > Some(0));
     let of = |guest: &Fake| {
         let state = guest.get();
@@ -878,11 +870,7 @@ fn a_vm_whose_qemu_was_killed_does_not_count() {
 /// Its daemon runs on, for the next VM.
 #[test]
 fn a_vm_that_has_ended_has_no_account_and_no_lease() {
-    let mut host = Host::new(LEASE);
-    let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
-    host.add("web", &web);
-    host.add("db", &db);
-    host.run(&[]);
+    let (host, [web, db]) = running(LEASE, ["web", "db"], |_| {});
     web.wait_for_renewals(1);
     web.change(|state| state.ended = true);
     web.1.info();
@@ -902,12 +890,7 @@ fn a_vm_that_has_ended_has_no_account_and_no_lease() {
 
 #[test]
 fn a_target_of_another_program_is_not_overwritten() {
-    let mut host = Host::new(LEASE);
-    let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
-    web.change(|state| state.rival = Some(3 * GIB));
-    host.add("web", &web);
-    host.add("db", &db);
-    host.run(&[]);
+    let (host, [web, db]) = running(LEASE, ["web", "db"], |web| web.rival = Some(3 * GIB));
     wait_for("the conflict", || {
         let explained = words(&host.ask(&["explain", "web"]).stdout);
         explained.contains("another program changes its target")
@@ -926,12 +909,9 @@ fn a_target_of_another_program_is_not_overwritten() {
 #[test]
 fn a_vm_with_a_lease_of_another_program_is_left_alone_until_it_ends() {
     for owner in [None, Some("night")] {
-        let mut host = Host::new(LEASE);
-        let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
-        web.change(|state| state.lease = Some(lease_of(owner)));
-        host.add("web", &web);
-        host.add("db", &db);
-        host.run(&[]);
+        let (host, [web, db]) = running(LEASE, ["web", "db"], |web| {
+            web.lease = Some(lease_of(owner))
+        });
         db.wait_for_renewals(2);
         assert_eq!((web.get().sets, web.get().target), (0, 0));
         let line = "web/control.sock: another program has a lease on the target, which stays";
@@ -944,11 +924,7 @@ fn a_vm_with_a_lease_of_another_program_is_left_alone_until_it_ends() {
 
 #[test]
 fn targets_have_leases_that_the_manager_and_the_next_one_renew() {
-    let mut host = Host::new(LEASE);
-    let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
-    host.add("web", &web);
-    host.add("db", &db);
-    host.run(&[]);
+    let (mut host, [web, db]) = running(LEASE, ["web", "db"], |_| {});
     let has_lease = |guest: &Fake| guest.get().lease.is_some();
     wait_for("leases", || has_lease(&web) && has_lease(&db));
     for guest in [&web, &db] {
@@ -996,11 +972,7 @@ fn a_vm_that_was_never_moved_has_a_lease() {
 /// Without the lease the daemon sets no other target.
 #[test]
 fn a_vm_that_the_manager_shall_leave_alone_keeps_its_target_for_good() {
-    let mut host = Host::new(LEASE);
-    let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
-    host.add("web", &web);
-    host.add("db", &db);
-    host.run(&[]);
+    let (host, [web, db]) = running(LEASE, ["web", "db"], |_| {});
     wait_for("a target", || web.get().target > 0);
     web.wait_for_renewals(1);
     host.configure(&format!("{LEASE}[vm.web]\nweight = 0\n"));
@@ -1014,11 +986,7 @@ fn a_vm_that_the_manager_shall_leave_alone_keeps_its_target_for_good() {
 
 #[test]
 fn a_vm_that_is_paused_keeps_its_target_until_it_is_resumed() {
-    let mut host = Host::new(LEASE);
-    let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
-    host.add("web", &web);
-    host.add("db", &db);
-    host.run(&[]);
+    let (host, [web, db]) = running(LEASE, ["web", "db"], |_| {});
     wait_for("a target", || web.get().target > 0);
     web.wait_for_renewals(1);
     assert!(host.ask(&["pause", "web"]).status.success());
@@ -1039,11 +1007,7 @@ fn a_vm_that_is_paused_keeps_its_target_until_it_is_resumed() {
 
 #[test]
 fn a_manager_that_was_stopped_takes_up_the_targets_after_its_leases() {
-    let mut host = Host::new(LEASE);
-    let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
-    host.add("web", &web);
-    host.add("db", &db);
-    host.run(&[]);
+    let (host, [web, db]) = running(LEASE, ["web", "db"], |_| {});
     let has_lease = |guest: &Fake| guest.get().lease.is_some();
     wait_for("leases", || has_lease(&web) && has_lease(&db));
     host.signal(Signal::SIGSTOP);
@@ -1058,12 +1022,7 @@ fn a_manager_that_was_stopped_takes_up_the_targets_after_its_leases() {
 /// The target before it is still in force. The next one replaces that, and counts as the manager's.
 #[test]
 fn a_target_that_is_lost_is_none_of_another_program() {
-    let mut host = Host::new(SMALL);
-    let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
-    web.change(|state| state.loses = true);
-    host.add("web", &web);
-    host.add("db", &db);
-    host.run(&[]);
+    let (host, [web, _db]) = running(SMALL, ["web", "db"], |web| web.loses = true);
     wait_for("the first target", || !web.get().loses);
     // The manager sends another target before it knows that the first one is lost.
     web.change(|state| state.used = 2 * GIB);
@@ -1104,12 +1063,7 @@ fn observing_sets_no_target() {
 
 #[test]
 fn a_daemon_that_refuses_targets_is_asked_again_later() {
-    let mut host = Host::new(SMALL);
-    let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
-    web.change(|state| state.refuses = true);
-    host.add("web", &web);
-    host.add("db", &db);
-    host.run(&[]);
+    let (host, [web, db]) = running(SMALL, ["web", "db"], |web| web.refuses = true);
     wait_for("a refusal", || host.log().contains("no; ask another one"));
     wait_for("memory of the other VM", || db.usable() < 2 * GIB);
     assert_eq!(web.grant(), 4 * GIB);
@@ -1119,22 +1073,14 @@ fn a_daemon_that_refuses_targets_is_asked_again_later() {
 
 #[test]
 fn leases_of_a_daemon_that_cannot_keep_them_are_renewed() {
-    let mut host = Host::new(LEASE);
-    let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
-    web.change(|state| state.forgetful = true);
-    host.add("web", &web);
-    host.add("db", &db);
-    host.run(&[]);
+    let (host, [web, _db]) = running(LEASE, ["web", "db"], |web| web.forgetful = true);
     web.wait_for_renewals(2);
     assert!(host.log().contains("unsaved; no"));
 }
 
 #[test]
 fn reservations_are_admitted_or_refused_with_the_arithmetic() {
-    let mut host = Host::new(SMALL);
-    let web = Fake::new(4 * GIB, GIB);
-    host.add("web", &web);
-    host.run(&[]);
+    let (host, [web]) = running(SMALL, ["web"], |_| {});
     wait_for("the VM", || {
         words(&host.ask(&["top"]).stdout).contains("4.0 GiB")
     });
@@ -1211,11 +1157,7 @@ fn a_vm_that_starts_uses_its_reservation() {
 
 #[test]
 fn a_reload_shows_what_changes_and_refuses_floors_that_do_not_fit() {
-    let mut host = Host::new(SMALL);
-    let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
-    host.add("web", &web);
-    host.add("db", &db);
-    host.run(&[]);
+    let (mut host, [web, db]) = running(SMALL, ["web", "db"], |_| {});
     wait_for("the VMs", || {
         words(&host.ask(&["top"]).stdout).contains("4.0 GiB")
     });
