@@ -28,7 +28,7 @@ pub struct Manager {
 
 impl Manager {
     /// Starts `program` for these guests, each with its name. `settings` is the manager's configuration without the
-    /// control sockets. The manager logs to a file in the directory `logs`.
+    /// control sockets. The manager logs to a file in the directory `logs`, and records its decisions in another one.
     ///
     /// # Errors
     ///
@@ -50,12 +50,15 @@ impl Manager {
         fs::write(&config, format!("sockets = {sockets:?}\n{settings}"))?;
         fs::create_dir_all(logs)?;
         let log = logs.join("manager.log");
+        let recording = logs.join("manager.jsonl");
         let child = Command::new(program)
             .arg("run")
             .arg("--config")
             .arg(&config)
             .arg("--socket")
             .arg(directory.path().join("control.sock"))
+            .arg("--record")
+            .arg(&recording)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(File::create(&log)?)

@@ -82,7 +82,7 @@ impl<'a> Host<'a> {
     pub(super) fn divide(&self) -> Result<()> {
         let memory: Vec<_> = self.guests.iter().map(|one| one.memory()).collect();
         if self.name == MANAGER {
-            self.begin()?;
+            self.begin("manager")?;
             let all: Size = memory.iter().copied().sum();
             return self.guests[0].wait_until("the pool is divided", PATIENCE, || {
                 let sizes = self.guests.iter().map(|guest| guest.balloon().size());
@@ -95,7 +95,7 @@ impl<'a> Host<'a> {
             let balloon = guest.memory().saturating_sub(Size::pages(grant));
             guest.balloon().settle(balloon)?;
         }
-        self.begin()
+        self.begin("manager")
     }
 
     fn named(&self) -> Result<Box<dyn Rule>> {
@@ -104,8 +104,8 @@ impl<'a> Host<'a> {
         rule.with_context(|| format!("there is no rule {}", self.name))
     }
 
-    /// The rule acts from now on.
-    pub(super) fn begin(&self) -> Result<()> {
+    /// The rule acts from now on. The manager logs to this directory.
+    pub(super) fn begin(&self, logs: &str) -> Result<()> {
         if self.name != MANAGER {
             *self.rule() = Some(self.named()?);
             return Ok(());
@@ -118,7 +118,7 @@ impl<'a> Host<'a> {
             "profile = 'density'\nlease = 5\n[host]\npool = '{}MiB'\n",
             self.pool.as_mib()
         );
-        let manager = Manager::start(&self.program, &self.logs, &guests, &settings)?;
+        let manager = Manager::start(&self.program, &self.logs.join(logs), &guests, &settings)?;
         *self.manager.lock().expect("a lock") = Some(manager);
         Ok(())
     }

@@ -83,7 +83,7 @@ impl Phase {
             Event::None => {}
             Event::Kill => host.kill(),
             Event::Silence => {
-                host.begin()?;
+                host.begin(self.name)?;
                 if let (Some(guest), Some(driver)) = (host.guests.last(), driver) {
                     guest.rmmod(driver)?;
                 }
