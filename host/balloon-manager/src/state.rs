@@ -137,6 +137,7 @@ mod tests {
             charge: GIB / PAGE,
             used: None,
             headroom,
+            kept: 0,
             need: 500 * MIB,
             want: 500 * MIB,
             share: GIB / PAGE,

@@ -79,8 +79,12 @@ fn numbers(account: &Account) -> String {
         || "unknown use".to_owned(),
         |used| format!("uses {}", size(used)),
     );
+    let kept = match account.kept {
+        0 => String::new(),
+        kept => format!("gives all but {}, ", size(kept)),
+    };
     format!(
-        "{used}, headroom {}, needs {}, wants {}, share {}",
+        "{used}, headroom {}, {kept}needs {}, wants {}, share {}",
         size(account.headroom),
         size(account.need),
         size(account.want),

@@ -114,6 +114,7 @@ mod tests {
             charge: GIB,
             used: None,
             headroom: 0,
+            kept: 0,
             need,
             want: need,
             share: GIB,

@@ -20,6 +20,7 @@ mod estimate;
 mod fair;
 mod observation;
 mod policy;
+mod progress;
 mod tracker;
 
 pub use fair::{Claim, share};

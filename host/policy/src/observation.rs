@@ -262,6 +262,9 @@ pub struct Account {
     pub used: Option<Pages>,
     /// The free memory that the guest should have.
     pub headroom: Pages,
+    /// The part of the grant that the VM does not give: what the guest uses, and what its driver keeps available.
+    #[serde(default)]
+    pub kept: Pages,
     /// The memory that the guest needs.
     pub need: Pages,
     /// The memory that the guest can use, its caches and its recent peak included.

@@ -188,7 +188,7 @@ impl Policy {
             .iter()
             .zip(step.decision.accounts.clone());
         let (mut short, mut others): (Vec<_>, Vec<_>) = vms
-            .filter(|(_, account)| is_movable(account) && account.share > account.grant)
+            .filter(|(vm, account)| is_movable(account) && account.share > reached(vm, account))
             .partition(|(vm, account)| {
                 let missing = account.need.saturating_sub(account.grant);
                 account.pressed.is_some() || missing >= least_change(vm)
@@ -269,7 +269,7 @@ impl Policy {
             if account.spared == Some(Spared::Uncooperative) {
                 // Rounded up: the VM does not get more than it has.
                 let target = vm.size.next_multiple_of(granule);
-                if target < vm.memory - account.grant {
+                if target < self.trackers[&vm.id].target(vm) {
                     self.send(step, vm, &account, (target, 0), Cause::Abandoned);
                 }
                 continue;
@@ -381,7 +381,9 @@ impl Step<'_> {
         let claims = movable.iter().map(|(vm, account)| Claim {
             // Memory that is not taken from a VM is not available for others.
             floor: match account.spared {
-                None | Some(Spared::Starting) => vm.settings.floor.min(account.need),
+                None | Some(Spared::Starting) => {
+                    vm.settings.floor.min(account.need).max(account.kept)
+                }
                 Some(_) => account.grant,
             },
             want: account.need,
@@ -401,8 +403,9 @@ impl Step<'_> {
         let shares = share(for_wants.max(needs.iter().sum()), &claims);
         fall_back(*capacity, &mut movable);
         for ((vm, account), share) in movable.iter_mut().zip(shares) {
-            // Floors hold even if they do not fit.
-            account.share = share.max(vm.settings.floor.min(account.need));
+            // Floors hold even if they do not fit, and so does what a VM does not give.
+            let floor = vm.settings.floor.min(account.need);
+            account.share = share.max(floor).max(account.kept);
         }
     }
 }
@@ -437,6 +440,14 @@ const fn is_movable(account: &Account) -> bool {
                 | Spared::Refused
         )
     )
+}
+
+/// The grant, or what the VM can touch if that is more and it does not give it: the target follows then.
+fn reached(vm: &Vm, account: &Account) -> Pages {
+    match account.spared {
+        Some(Spared::Uncooperative) => account.grant.max(vm.memory.saturating_sub(vm.size)),
+        _ => account.grant,
+    }
 }
 
 /// The smallest change that is worth one when nothing is urgent.

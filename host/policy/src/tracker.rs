@@ -6,6 +6,7 @@ use crate::estimate::Estimate;
 use crate::observation::{
     Account, Action, MIB, Millis, Pages, Pressure, Sample, Spared, Stopped, Vm,
 };
+use crate::progress::{PATIENCE, Progress};
 
 /// Statistics older than this say nothing about the guest's present state.
 const STALE_AFTER: Millis = 2_500;
@@ -25,14 +26,8 @@ const MOST_RAISE: Pages = 1024 * MIB;
 /// For how long a new VM keeps memory that no other VM waits for.
 const GRACE: Millis = 30_000;
 
-/// A guest with a larger target must inflate by `LEAST_PROGRESS` within `PATIENCE`.
-const PATIENCE: Millis = 4_000;
-const LEAST_PROGRESS: Pages = 60 * MIB;
-
-/// The time before the policy again raises the target of a guest that did not inflate, the first
-/// time and at most.
-const FIRST_RETRY: Millis = 10_000;
-const LAST_RETRY: Millis = 300_000;
+/// For how long the policy sets no target after the device has refused one.
+const REFUSED_FOR: Millis = 10_000;
 
 /// For how long the policy leaves a VM alone after another program has changed its target.
 const LEFT_ALONE: Millis = 600_000;
@@ -77,15 +72,6 @@ struct Seen {
     sample: Option<Sample>,
 }
 
-/// A guest has not inflated to its target.
-#[derive(Clone, Copy, Debug)]
-struct Unwilling {
-    /// When the policy tries again.
-    until: Millis,
-    /// It had no memory to inflate. Once it has, the policy tries again at once.
-    full: bool,
-}
-
 /// A sign of pressure.
 #[derive(Clone, Copy, Debug)]
 struct Pressed {
@@ -122,10 +108,7 @@ pub(crate) struct Tracker {
     killed: Option<(Millis, Raise)>,
     /// When a target was sent the last time.
     pub(crate) moved: Option<Millis>,
-    /// When the present wait for memory from the guest began, and the balloon's size then.
-    waiting: Option<(Millis, Pages)>,
-    unwilling: Option<Unwilling>,
-    retry_after: Millis,
+    progress: Progress,
     refused_until: Millis,
     left_alone_until: Millis,
 }
@@ -143,9 +126,7 @@ impl Tracker {
             pressed: None,
             killed: None,
             moved: None,
-            waiting: None,
-            unwilling: None,
-            retry_after: FIRST_RETRY,
+            progress: Progress::default(),
             refused_until: 0,
             left_alone_until: 0,
         }
@@ -187,7 +168,8 @@ impl Tracker {
                 self.press(sign, vm, now);
             }
         }
-        self.watch_progress(vm, now);
+        let headroom = self.headroom(vm);
+        self.progress.watch(vm, now, self.settled, headroom);
     }
 
     /// Whether the driver is the one of the previous observation, or may be. A new one has an empty balloon.
@@ -216,7 +198,7 @@ impl Tracker {
         let is_set = |target: Pages| target == vm.target || target == set;
         if self.expected.is_some_and(|expected| !is_set(expected)) {
             if answered.iter().any(|sent| is_set(sent.before)) {
-                self.refused_until = now + FIRST_RETRY;
+                self.refused_until = now + REFUSED_FOR;
             } else if !vm.lapsed {
                 self.left_alone_until = now + LEFT_ALONE;
             }
@@ -330,40 +312,6 @@ impl Tracker {
         killed.map(|(_, raise)| raise)
     }
 
-    /// Gives up on a guest that does not inflate to its target.
-    fn watch_progress(&mut self, vm: &Vm, now: Millis) {
-        if vm.frozen {
-            self.waiting = None;
-            return;
-        }
-        let missing = vm.target.saturating_sub(vm.size);
-        if missing <= LEAST_PROGRESS {
-            if self.waiting.take().is_some_and(|(_, size)| vm.size > size) {
-                self.retry_after = FIRST_RETRY;
-            }
-            return;
-        }
-        let (since, size) = *self.waiting.get_or_insert((now, vm.size));
-        let stopped = matches!(vm.stopped, Some(Stopped::Full | Stopped::AfterOom))
-            && now.saturating_sub(self.settled.max(since)) >= PATIENCE / 4;
-        if !stopped && now.saturating_sub(since) < PATIENCE {
-            return;
-        }
-        if vm.size.saturating_sub(size) < LEAST_PROGRESS {
-            // A driver that pauses after it ran out of memory inflates again with the next target.
-            let full = vm.stopped == Some(Stopped::AfterOom)
-                || vm
-                    .sample
-                    .is_some_and(|sample| sample.available < self.headroom(vm));
-            self.unwilling = Some(Unwilling {
-                until: now.saturating_add(self.retry_after),
-                full,
-            });
-            self.retry_after = self.retry_after.saturating_mul(2).min(LAST_RETRY);
-        }
-        self.waiting = Some((now, vm.size));
-    }
-
     /// Remembers an action.
     pub(crate) fn send(&mut self, action: &Action, now: Millis) {
         self.moved = Some(now);
@@ -378,16 +326,6 @@ impl Tracker {
     /// The target when all actions have been carried out.
     pub(crate) fn target(&self, vm: &Vm) -> Pages {
         self.sent.last().map_or(vm.target, |sent| sent.target)
-    }
-
-    /// The guest does not give what it was asked for, and has no reason to give it now.
-    fn is_uncooperative(&self, vm: &Vm, now: Millis) -> bool {
-        self.unwilling
-            .filter(|unwilling| now < unwilling.until)
-            .is_some_and(|unwilling| {
-                let available = vm.sample.map_or(0, |sample| sample.available);
-                !unwilling.full || available < self.headroom(vm)
-            })
     }
 
     /// The present sign of pressure.
@@ -423,7 +361,7 @@ impl Tracker {
             Some(Spared::OtherController)
         } else if self.estimate.is_none() || !self.fresh(vm, now) {
             Some(Spared::NoStatistics)
-        } else if self.is_uncooperative(vm, now) {
+        } else if self.progress.is_uncooperative(vm, now, self.headroom(vm)) {
             Some(Spared::Uncooperative)
         } else if now.saturating_sub(self.since) < GRACE && !overcommitted {
             Some(Spared::Starting)
@@ -478,7 +416,9 @@ impl Tracker {
         };
         let ceiling = vm.settings.ceiling.min(vm.memory);
         let floor = vm.settings.floor.min(ceiling);
-        let need = need.clamp(floor, ceiling);
+        let kept = known.map_or(0, |known| self.progress.kept(known.used, now));
+        let kept = kept.min(grant).min(ceiling);
+        let need = need.max(kept).clamp(floor, ceiling);
         Account {
             vm: vm.id,
             memory: vm.memory,
@@ -486,6 +426,7 @@ impl Tracker {
             charge: self.charge(vm),
             used: self.estimate.map(|estimate| estimate.used),
             headroom,
+            kept,
             need,
             want: wanted.clamp(need, ceiling),
             share: grant,

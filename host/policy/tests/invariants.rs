@@ -556,16 +556,22 @@ proptest! {
     }
 
     #[test]
-    fn invariant_9_constant_demands_end_in_rest(used in vec(1_u64..24, 1..6), pool in 6_u64..40, seed in any::<u64>()) {
+    fn invariant_9_constant_demands_end_in_rest(
+        used in vec(1_u64..24, 1..6), pool in 6_u64..40, kept in 0_u64..8, seed in any::<u64>(),
+    ) {
         let memory = 4 * GIB;
-        let guests = used.iter().map(|used| Guest::new(Behaviour::Honest, memory, used * GIB / 8, 0)).collect();
-        let mut world = World::new(seed, pool * GIB, guests);
-        // The peaks have faded then.
-        for _ in 0..300 {
+        let guests = used.iter().map(|used| {
+            let mut guest = Guest::new(Behaviour::Honest, memory, used * GIB / 8, 0);
+            guest.kept = kept * GIB / 8;
+            guest
+        });
+        let mut world = World::new(seed, pool * GIB, guests.collect());
+        // Drivers that keep memory have been asked for it once then. They are asked again after five minutes.
+        for _ in 0..60 {
             world.step(1_000);
         }
-        let needs: Pages = used.iter().map(|used| used * GIB / 8 + GIB / 2).sum();
-        for _ in 0..60 {
+        let needs: Pages = used.iter().map(|used| used * GIB / 8 + GIB / 2 + kept * GIB / 8).sum();
+        for _ in 0..230 {
             // Less than the hysteresis.
             for (guest, used) in world.guests.iter_mut().zip(&used) {
                 guest.used = used * GIB / 8 + world.rng.u64(0..=4 * MIB);
@@ -811,6 +817,38 @@ fn a_guest_that_ran_out_of_memory_can_be_asked_again() {
         assert_ne!(decision.accounts[0].pressed, Some(Pressure::Oom));
         let spared = decision.accounts[0].spared;
         assert_ne!(spared, Some(Spared::Uncooperative), "at {now}");
+    }
+}
+
+/// A driver stops for a guest that has no memory. It reports that until it looks again.
+#[test]
+fn memory_that_a_guest_has_just_freed_is_not_kept_by_its_driver() {
+    let mut policy = Policy::new(Profile::Density);
+    for now in (60_000..62_000).step_by(100) {
+        let free = if now < 60_700 { 0 } else { 2 * GIB };
+        let sample = Sample {
+            taken: now,
+            free,
+            available: free,
+            stalls: 0,
+            swapped_in: 0,
+            kills: 0,
+        };
+        let vm = Vm {
+            size: GIB,
+            answered: u64::MAX,
+            stopped: Some(Stopped::Full),
+            sample: Some(sample),
+            ..Vm::new(VmId(0), SETTINGS, 4 * GIB, 3 * GIB)
+        };
+        let observation = Observation {
+            now,
+            pool: 8 * GIB,
+            vms: vec![vm],
+            ..Observation::default()
+        };
+        let decision = policy.step(&observation);
+        assert_eq!(decision.accounts[0].kept, 0, "at {now}");
     }
 }
 

@@ -52,6 +52,8 @@ pub(crate) struct Guest {
     pub(crate) memory: Pages,
     pub(crate) granule: Pages,
     pub(crate) used: Pages,
+    /// What its driver keeps available.
+    pub(crate) kept: Pages,
     pub(crate) target: Pages,
     pub(crate) size: Pages,
     pub(crate) frozen: bool,
@@ -75,6 +77,7 @@ impl Guest {
             memory,
             granule: 1,
             used,
+            kept: 0,
             target,
             size: target,
             frozen: false,
@@ -135,7 +138,8 @@ impl Guest {
             _ => Pages::MAX,
         };
         // It does not inflate memory in use.
-        let possible = self.memory.saturating_sub(self.used).max(self.size);
+        let possible = self.memory.saturating_sub(self.used + self.kept);
+        let possible = possible.max(self.size);
         let size = self
             .target
             .min(self.size.saturating_add(speed))
@@ -196,6 +200,10 @@ impl Guest {
             settings.floor = settings.floor.max(self.grant()).min(settings.ceiling);
             settings.ceiling = settings.floor;
         }
+        let stops = match self.behaviour {
+            Behaviour::Random => rng.bool(),
+            _ => self.kept > 0,
+        };
         Vm {
             size: self.size,
             resident: self.resident(),
@@ -208,8 +216,7 @@ impl Guest {
             granule: self.granule,
             release: self.release,
             frozen: self.frozen,
-            stopped: (self.size < self.target && self.behaviour == Behaviour::Random && rng.bool())
-                .then_some(Stopped::Full),
+            stopped: (self.size < self.target && stops).then_some(Stopped::Full),
             sample: self.sample(now, rng),
             ..Vm::new(VmId(id), settings, self.memory, self.target)
         }
@@ -266,6 +273,7 @@ impl World {
                 guest.settings.ceiling = memory - rng.u64(0..=memory / 4);
                 guest.settings.weight = rng.u16(..);
                 guest.release.offered = rng.bool();
+                guest.kept = rng.u64(0..=1) * rng.u64(0..=GIB);
                 guest
             })
             .collect();
