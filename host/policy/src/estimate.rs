@@ -62,6 +62,14 @@ impl Estimate {
         })
     }
 
+    /// The same without the recent peak.
+    pub(crate) const fn without_peak(self) -> Self {
+        Self {
+            peak: Fading::new(self.used, self.taken),
+            ..self
+        }
+    }
+
     /// The available memory that the guest should have, so that it does not run out before it gets
     /// more.
     pub(crate) fn headroom(&self, memory: Pages) -> Pages {

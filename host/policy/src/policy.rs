@@ -190,8 +190,11 @@ impl Policy {
         let (mut short, mut others): (Vec<_>, Vec<_>) = vms
             .filter(|(vm, account)| is_movable(account) && account.share > reached(vm, account))
             .partition(|(vm, account)| {
+                // A sign of pressure raises the need by more than that, or to the ceiling. Until the next sign the need
+                // grows slowly.
                 let missing = account.need.saturating_sub(account.grant);
-                account.pressed.is_some() || missing >= least_change(vm)
+                let is_last = account.need >= vm.settings.ceiling.min(vm.memory);
+                missing >= least_change(vm) || (missing > 0 && is_last)
             });
         for order in [&mut short, &mut others] {
             order.sort_by_key(|(vm, account)| {
@@ -274,17 +277,13 @@ impl Policy {
                 }
                 continue;
             }
-            let least = match step.lacking {
-                true => LEAST_URGENT_CHANGE,
-                false => least_change(vm),
-            };
             let excess = account.grant.saturating_sub(account.share);
             let spared = match account.spared {
                 // Other VMs wait for memory that it does not need.
                 Some(Spared::Starting) => !step.lacking,
                 other => other.is_some(),
             };
-            if spared || excess < least || !(step.lacking || self.is_due(vm)) {
+            if spared || excess < least_change(vm) || !(step.lacking || self.is_due(vm)) {
                 continue;
             }
             // Rounded down: the VM keeps at least its share.

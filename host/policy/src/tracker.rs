@@ -4,7 +4,7 @@
 
 use crate::estimate::Estimate;
 use crate::observation::{
-    Account, Action, MIB, Millis, Pages, Pressure, Sample, Spared, Stopped, Vm,
+    Account, Action, Cause, MIB, Millis, Pages, Pressure, Sample, Spared, Stopped, Vm,
 };
 use crate::progress::{PATIENCE, Progress};
 
@@ -315,6 +315,10 @@ impl Tracker {
     /// Remembers an action.
     pub(crate) fn send(&mut self, action: &Action, now: Millis) {
         self.moved = Some(now);
+        if action.cause == Cause::Contended {
+            // Other VMs use now what this one may use again.
+            self.estimate = self.estimate.map(Estimate::without_peak);
+        }
         self.sent.push(Sent {
             number: action.number,
             target: action.target,

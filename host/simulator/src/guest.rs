@@ -13,7 +13,7 @@ const KERNEL: Pages = 120 * MIB;
 /// Below this much free memory the kernel reclaims caches.
 const WATERMARK: Pages = 32 * MIB;
 
-/// The balloon leaves this much free.
+/// The driver leaves this much available.
 const RESERVE: Pages = 64 * MIB;
 
 /// Caches do not shrink below this: the programs that run are in it.
@@ -68,6 +68,8 @@ pub(crate) struct Guest {
     pub(crate) losses: Losses,
     /// The resident memory.
     pub(crate) resident: Pages,
+    /// The available memory that the driver leaves to it.
+    reserve: Pages,
     processes: Vec<Process>,
     /// The files that are read again and again, and how many pages of them a tick.
     files: Pages,
@@ -117,6 +119,7 @@ impl Guest {
             behaviour,
             losses: Losses::default(),
             resident: KERNEL,
+            reserve: RESERVE,
             processes,
             files,
             reads,
@@ -135,6 +138,31 @@ impl Guest {
         // It has been running for a while.
         guest.resident = guest.occupied();
         guest
+    }
+
+    /// A guest with these processes and no files, whose driver leaves so much available.
+    #[cfg(test)]
+    pub(crate) fn running(
+        memory: Pages,
+        reserve: Pages,
+        processes: Vec<Process>,
+        rng: Rng,
+    ) -> Self {
+        Self {
+            memory,
+            settings: Settings {
+                floor: memory / 8,
+                ceiling: memory,
+                weight: 1_000,
+            },
+            behaviour: Behaviour::Honest,
+            reserve,
+            processes,
+            files: 0,
+            stream: 0,
+            cached: 0,
+            ..Self::new(rng)
+        }
     }
 
     /// It begins with this much usable memory.
@@ -175,6 +203,12 @@ impl Guest {
 
     fn free(&self) -> Pages {
         self.usable().saturating_sub(self.occupied())
+    }
+
+    /// The memory that processes can get without swapping.
+    fn available(&self) -> Pages {
+        let free = self.free().saturating_sub(WATERMARK);
+        free + self.stale + self.cached.saturating_sub(LEAST_CACHE) / 2
     }
 
     /// The memory that the guest would use if it could, without its caches.
@@ -235,12 +269,13 @@ impl Guest {
         if self.behaviour == Behaviour::Stuck {
             return;
         }
-        let wish = (self.target - self.size).min(INFLATE);
-        let free = self.free().saturating_sub(RESERVE);
+        let most = self.available().saturating_sub(self.reserve);
+        let wish = (self.target - self.size).min(INFLATE).min(most);
+        let free = self.free().saturating_sub(WATERMARK);
         if free < wish {
             self.reclaim((wish - free).min(BACKGROUND_RECLAIM));
         }
-        let taken = wish.min(self.free().saturating_sub(RESERVE));
+        let taken = wish.min(self.free().saturating_sub(WATERMARK));
         self.size += taken;
         self.stopped = taken == 0;
         self.resident = self.resident.min(self.usable());
@@ -311,9 +346,7 @@ impl Guest {
     }
 
     pub(crate) fn observe(&self, id: u32, now: Millis) -> Vm {
-        let available = self.free().saturating_sub(WATERMARK)
-            + self.stale
-            + self.cached.saturating_sub(LEAST_CACHE) / 2;
+        let available = self.available();
         let sample = match self.behaviour {
             Behaviour::Silent => None,
             Behaviour::Liar => Some((0, 0, now)),
