@@ -16,6 +16,8 @@
 //!
 //! So what all guests may touch never exceeds the pool: no raise is sent against memory that another VM still has.
 
+#![forbid(clippy::float_arithmetic)]
+
 mod estimate;
 mod fair;
 mod observation;
