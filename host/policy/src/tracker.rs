@@ -406,9 +406,6 @@ impl Tracker {
         if let Some(pressed) = self.pressed.filter(|_| self.pressure(now).is_some()) {
             need = need.max(pressed.raise.usable);
         }
-        if let Some(killed) = self.killed(now) {
-            need = need.max(killed.usable);
-        }
         // Without statistics, only memory that was never touched shows that a guest has enough.
         let occupied = known.map_or(vm.touched().unwrap_or(vm.memory), |known| known.wanted());
         let wanted = match self.pressure(now) {
@@ -418,6 +415,8 @@ impl Tracker {
             Some(_) => occupied.saturating_add(headroom).max(grant),
             None => occupied.saturating_add(headroom),
         };
+        // The process may start again. Guests that need memory now come first.
+        let again = self.killed(now).map_or(0, |killed| killed.usable);
         let ceiling = vm.settings.ceiling.min(vm.memory);
         let floor = vm.settings.floor.min(ceiling);
         let kept = known.map_or(0, |known| self.progress.kept(known.used, now));
@@ -432,7 +431,7 @@ impl Tracker {
             headroom,
             kept,
             need,
-            want: wanted.clamp(need, ceiling),
+            want: wanted.max(again).clamp(need, ceiling),
             share: grant,
             fallback: grant,
             spared,

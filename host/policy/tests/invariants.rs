@@ -852,6 +852,41 @@ fn memory_that_a_guest_has_just_freed_is_not_kept_by_its_driver() {
     }
 }
 
+/// For two seconds after it killed a process, a guest needs more. For five minutes it wants that.
+#[test]
+fn a_guest_that_killed_a_process_does_not_keep_memory_from_others_in_need() {
+    let mut policy = Policy::new(Profile::Density);
+    for now in (60_000..90_000).step_by(100) {
+        let is_dead = now >= 61_000;
+        let free = if is_dead { 3 * GIB / 2 } else { 0 };
+        let sample = Sample {
+            taken: now,
+            free,
+            available: free,
+            stalls: 0,
+            swapped_in: 0,
+            kills: u64::from(is_dead),
+        };
+        let vm = Vm {
+            answered: u64::MAX,
+            sample: Some(sample),
+            ..Vm::new(VmId(0), SETTINGS, 4 * GIB, 2 * GIB)
+        };
+        let observation = Observation {
+            now,
+            pool: 2 * GIB,
+            vms: vec![vm],
+            ..Observation::default()
+        };
+        let account = policy.step(&observation).accounts[0];
+        let lasts = (61_000..=63_000).contains(&now);
+        assert_eq!(account.pressed == Some(Pressure::Oom), lasts, "at {now}");
+        if now > 63_000 {
+            assert!(account.need < GIB && account.want > 2 * GIB, "{account:?}");
+        }
+    }
+}
+
 /// The account of a guest that has not touched `untouched` of its 2 GiB, and can never use `unusable` of it.
 fn account_of(available: Pages, untouched: Pages, unusable: Pages) -> Account {
     let mut policy = Policy::new(Profile::Density);
