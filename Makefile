@@ -94,9 +94,14 @@ bench-manager:
 	@guest/build-root cargo bench --locked --quiet --manifest-path host/Cargo.toml --package balloon-manager \
 		--bench sockets
 
+simulator := guest/build-root cargo run --release --locked --quiet --manifest-path host/Cargo.toml \
+	--package balloon-simulator -- $(if $(SEEDS),--seeds $(SEEDS))
+
 simulate:
-	@guest/build-root cargo run --release --locked --quiet --manifest-path host/Cargo.toml \
-		--package balloon-simulator -- $(if $(SEEDS),--seeds $(SEEDS))
+	@echo "Drivers leave 64 MiB to their guests:"
+	@$(simulator)
+	@echo "Drivers leave as much as virtio_balloon_rs does by default, and the pool has room for that:"
+	@$(simulator) --default-reserves --room
 
 kunit:
 	@$(lab) kunit $(if $(KERNEL),--kernel $(KERNEL)) $(guests)

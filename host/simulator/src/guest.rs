@@ -13,8 +13,8 @@ const KERNEL: Pages = 120 * MIB;
 /// Below this much free memory the kernel reclaims caches.
 const WATERMARK: Pages = 32 * MIB;
 
-/// The driver leaves this much available.
-const RESERVE: Pages = 64 * MIB;
+/// A driver with a small reserve leaves this much available.
+const SMALL_RESERVE: Pages = 64 * MIB;
 
 /// Caches do not shrink below this: the programs that run are in it.
 const LEAST_CACHE: Pages = 48 * MIB;
@@ -69,7 +69,7 @@ pub(crate) struct Guest {
     /// The resident memory.
     pub(crate) resident: Pages,
     /// The available memory that the driver leaves to it.
-    reserve: Pages,
+    pub(crate) reserve: Pages,
     processes: Vec<Process>,
     /// The files that are read again and again, and how many pages of them a tick.
     files: Pages,
@@ -91,7 +91,8 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    pub(crate) fn new(mut rng: Rng) -> Self {
+    /// A guest whose driver has a small reserve, or the one of `virtio_balloon_rs` by default.
+    pub(crate) fn new(default_reserve: bool, mut rng: Rng) -> Self {
         let memory = [2, 4, 4, 8, 8, 16][rng.usize(..6)] * GIB;
         let files = memory * rng.u64(2..=30) / 100;
         let processes = processes(memory, &mut rng);
@@ -119,7 +120,10 @@ impl Guest {
             behaviour,
             losses: Losses::default(),
             resident: KERNEL,
-            reserve: RESERVE,
+            reserve: match default_reserve {
+                true => reserve_by_default(memory),
+                false => SMALL_RESERVE,
+            },
             processes,
             files,
             reads,
@@ -161,7 +165,7 @@ impl Guest {
             files: 0,
             stream: 0,
             cached: 0,
-            ..Self::new(rng)
+            ..Self::new(false, rng)
         }
     }
 
@@ -380,5 +384,28 @@ impl Guest {
             sample: sample.filter(|_| self.is_up(now)),
             ..Vm::new(VmId(id), settings, self.memory, self.target)
         }
+    }
+}
+
+/// What `virtio_balloon_rs` leaves to a guest by default: a part of its memory that decreases with its size.
+fn reserve_by_default(memory: Pages) -> Pages {
+    let mut reserve = 8 * MIB;
+    let mut start = 0;
+    for (end, parts) in [(128, 2), (512, 4), (2_048, 8), (8_192, 16), (u64::MAX, 32)] {
+        let end = MIB.saturating_mul(end).min(memory);
+        reserve += end.saturating_sub(start) / parts;
+        start = end;
+    }
+    reserve
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_reserve_is_the_one_of_the_driver() {
+        let reserves = [GIB, 4 * GIB, 8 * GIB, 16 * GIB].map(reserve_by_default);
+        assert_eq!(reserves, [232 * MIB, 488 * MIB, 744 * MIB, 1_000 * MIB]);
     }
 }

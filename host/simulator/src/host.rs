@@ -15,6 +15,10 @@ pub(crate) struct Shape {
     pub(crate) seed: u64,
     pub(crate) guests: usize,
     pub(crate) time: Millis,
+    /// Drivers have the reserve of `virtio_balloon_rs` by default, instead of a small one.
+    pub(crate) default_reserves: bool,
+    /// The pool has room for the reserves of drivers, too.
+    pub(crate) room: bool,
 }
 
 /// The result of a run.
@@ -32,14 +36,17 @@ pub(crate) struct Outcome {
     pub(crate) changes: u64,
     /// Ticks in which the VMs could touch more than the pool.
     pub(crate) exposed: u64,
-    /// The most that the guests used and wanted together, without their caches.
+    /// The most that the guests used and wanted together, without their caches. The reserves of drivers count if the
+    /// pool has room for them.
     pub(crate) peak: Pages,
 }
 
 /// The guests of a seed: the same under each rule.
 fn guests(shape: Shape) -> Vec<Guest> {
     let mut rng = Rng::with_seed(shape.seed);
-    (0..shape.guests).map(|_| Guest::new(rng.fork())).collect()
+    (0..shape.guests)
+        .map(|_| Guest::new(shape.default_reserves, rng.fork()))
+        .collect()
 }
 
 /// The pool of a seed: the guests' demands fit most of the time, and their memory does not.
@@ -84,7 +91,10 @@ fn run_guests(mut guests: Vec<Guest>, shape: Shape, pool: Pages, rule: &mut dyn 
         footprint += u128::from(resident);
         let demand = guests
             .iter()
-            .map(|guest| guest.demand().min(guest.memory))
+            .map(|guest| {
+                let reserve = if shape.room { guest.reserve } else { 0 };
+                (guest.demand() + reserve).min(guest.memory)
+            })
             .sum();
         outcome.peak = outcome.peak.max(demand);
         let usable: Pages = guests.iter().map(Guest::usable).sum();
@@ -155,6 +165,8 @@ mod tests {
             seed: 0,
             guests: 6,
             time: 600_000,
+            default_reserves: true,
+            room: true,
         };
         let mut rng = Rng::with_seed(shape.seed);
         let guests = (0..shape.guests).map(|_| {

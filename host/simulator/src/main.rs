@@ -37,6 +37,12 @@ struct Cli {
     /// For how many minutes of simulated time each host runs
     #[arg(long, default_value_t = 30)]
     minutes: u64,
+    /// Let drivers leave as much to their guests as `virtio_balloon_rs` does by default, instead of 64 MiB
+    #[arg(long)]
+    default_reserves: bool,
+    /// Let the pool have room for what drivers leave to their guests
+    #[arg(long)]
+    room: bool,
     /// Run only ours, and rules with this in their name
     #[arg(long)]
     only: Option<String>,
@@ -177,6 +183,8 @@ fn simulate(cli: &Cli) -> Vec<(Pages, Vec<Outcome>)> {
                         seed,
                         guests: cli.vms,
                         time: cli.minutes * 60_000,
+                        default_reserves: cli.default_reserves,
+                        room: cli.room,
                     };
                     let pool = pool(shape);
                     let outcomes = chosen(cli.only.as_deref())
@@ -269,6 +277,8 @@ mod tests {
             seeds: Seeds(seeds),
             vms: 8,
             minutes: 10,
+            default_reserves: false,
+            room: false,
             only: None,
         }
     }
