@@ -16,7 +16,7 @@ unsafe extern "C" {
 /// The version for `modinfo`. `module!` has no field for it.
 #[cfg(MODULE)]
 #[link_section = ".modinfo"]
-#[used]
+#[used(compiler)]
 static VERSION: [u8; 14] = *b"version=0.2.0\0";
 
 /// Returns the module, or null if the driver is built in.
