@@ -910,7 +910,7 @@ fn a_target_of_another_program_is_not_overwritten() {
 fn a_vm_with_a_lease_of_another_program_is_left_alone_until_it_ends() {
     for owner in [None, Some("night")] {
         let (host, [web, db]) = running(LEASE, ["web", "db"], |web| {
-            web.lease = Some(lease_of(owner))
+            web.lease = Some(lease_of(owner));
         });
         db.wait_for_renewals(2);
         assert_eq!((web.get().sets, web.get().target), (0, 0));
