@@ -11,8 +11,9 @@ use std::collections::BTreeSet;
 use std::env;
 
 use balloon_policy::{
-    Account, Action, Cause, Claim, Decision, GIB, HostPressure, MIB, Observation, Pages, Policy,
-    Pressure, Profile, Release, Reservation, Sample, Settings, Spared, Stopped, Vm, VmId, share,
+    Account, Action, Cause, Claim, Decision, GIB, HostPressure, MIB, Millis, Observation, Pages,
+    Policy, Pressure, Profile, Release, Reservation, Sample, Settings, Spared, Stopped, Vm, VmId,
+    share,
 };
 use proptest::collection::vec;
 use proptest::option;
@@ -780,35 +781,43 @@ fn a_reservation_takes_nothing_that_guests_need() {
     }
 }
 
+/// Statistics of a guest with so much free memory, without signs of pressure.
+const fn sample(taken: Millis, free: Pages) -> Sample {
+    Sample {
+        taken,
+        free,
+        available: free,
+        stalls: 0,
+        swapped_in: 0,
+        kills: 0,
+    }
+}
+
+/// Decides for a host with one VM.
+fn decide(policy: &mut Policy, now: Millis, pool: Pages, vm: Vm) -> Decision {
+    policy.step(&Observation {
+        now,
+        pool,
+        vms: vec![vm],
+        ..Observation::default()
+    })
+}
+
 /// A driver that pauses after it ran out of memory inflates again with the next target.
 #[test]
 fn a_guest_that_ran_out_of_memory_can_be_asked_again() {
     let mut policy = Policy::new(Profile::Density);
     let mut target = 3 * GIB;
     for now in (60_000..70_000).step_by(100) {
-        let sample = Sample {
-            taken: now,
-            free: 2 * GIB,
-            available: 2 * GIB,
-            stalls: 0,
-            swapped_in: 0,
-            kills: 0,
-        };
         let vm = Vm {
             size: GIB,
             resident: Some(3 * GIB),
             answered: u64::MAX,
             stopped: (now > 60_000).then_some(Stopped::AfterOom),
-            sample: Some(sample),
+            sample: Some(sample(now, 2 * GIB)),
             ..Vm::new(VmId(0), SETTINGS, 4 * GIB, target)
         };
-        let observation = Observation {
-            now,
-            pool: 8 * GIB,
-            vms: vec![vm],
-            ..Observation::default()
-        };
-        let decision = policy.step(&observation);
+        let decision = decide(&mut policy, now, 8 * GIB, vm);
         target = decision
             .actions
             .last()
@@ -826,28 +835,14 @@ fn memory_that_a_guest_has_just_freed_is_not_kept_by_its_driver() {
     let mut policy = Policy::new(Profile::Density);
     for now in (60_000..62_000).step_by(100) {
         let free = if now < 60_700 { 0 } else { 2 * GIB };
-        let sample = Sample {
-            taken: now,
-            free,
-            available: free,
-            stalls: 0,
-            swapped_in: 0,
-            kills: 0,
-        };
         let vm = Vm {
             size: GIB,
             answered: u64::MAX,
             stopped: Some(Stopped::Full),
-            sample: Some(sample),
+            sample: Some(sample(now, free)),
             ..Vm::new(VmId(0), SETTINGS, 4 * GIB, 3 * GIB)
         };
-        let observation = Observation {
-            now,
-            pool: 8 * GIB,
-            vms: vec![vm],
-            ..Observation::default()
-        };
-        let decision = policy.step(&observation);
+        let decision = decide(&mut policy, now, 8 * GIB, vm);
         assert_eq!(decision.accounts[0].kept, 0, "at {now}");
     }
 }
@@ -860,25 +855,15 @@ fn a_guest_that_killed_a_process_does_not_keep_memory_from_others_in_need() {
         let is_dead = now >= 61_000;
         let free = if is_dead { 3 * GIB / 2 } else { 0 };
         let sample = Sample {
-            taken: now,
-            free,
-            available: free,
-            stalls: 0,
-            swapped_in: 0,
             kills: u64::from(is_dead),
+            ..sample(now, free)
         };
         let vm = Vm {
             answered: u64::MAX,
             sample: Some(sample),
             ..Vm::new(VmId(0), SETTINGS, 4 * GIB, 2 * GIB)
         };
-        let observation = Observation {
-            now,
-            pool: 2 * GIB,
-            vms: vec![vm],
-            ..Observation::default()
-        };
-        let account = policy.step(&observation).accounts[0];
+        let account = decide(&mut policy, now, 2 * GIB, vm).accounts[0];
         let lasts = (61_000..=63_000).contains(&now);
         assert_eq!(account.pressed == Some(Pressure::Oom), lasts, "at {now}");
         if now > 63_000 {
@@ -892,28 +877,14 @@ fn account_of(available: Pages, untouched: Pages, unusable: Pages) -> Account {
     let mut policy = Policy::new(Profile::Density);
     let mut account = None;
     for now in (60_000..61_000).step_by(100) {
-        let sample = Sample {
-            taken: now,
-            free: available,
-            available,
-            stalls: 0,
-            swapped_in: 0,
-            kills: 0,
-        };
         let vm = Vm {
             resident: Some(2 * GIB - untouched),
             unusable,
             answered: u64::MAX,
-            sample: Some(sample),
+            sample: Some(sample(now, available)),
             ..Vm::new(VmId(0), SETTINGS, 4 * GIB, 2 * GIB)
         };
-        let observation = Observation {
-            now,
-            pool: 8 * GIB,
-            vms: vec![vm],
-            ..Observation::default()
-        };
-        account = policy.step(&observation).accounts.pop();
+        account = decide(&mut policy, now, 8 * GIB, vm).accounts.pop();
     }
     account.expect("an account")
 }
