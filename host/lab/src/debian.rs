@@ -9,7 +9,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
-use vm::Driver;
+use vm::{Driver, VIRTIO_MEM};
 
 use crate::places::Places;
 use crate::progress::Phase;
@@ -25,8 +25,9 @@ const HOST_TOOLS: &str = "needrestart";
 /// The build root's proxy configuration for its mirror, if it has one.
 const PROXY: &str = "/etc/apt/apt.conf.d/99mmdebstrap";
 
-/// The module alias that udev requests for a balloon device.
-const ALIAS: &str = "virtio:d00000005v00001AF4";
+/// The module aliases that udev requests for a balloon device, and for a virtio-mem device.
+const BALLOON_ALIAS: &str = "virtio:d00000005v00001AF4";
+const VIRTIO_MEM_ALIAS: &str = "virtio:d00000018v00001AF4";
 
 /// Runs a command in a system that keeps its changes apart.
 const ENTER: &str = r#"
@@ -109,7 +110,7 @@ pub(crate) fn install(places: &Places, directory: &Path) -> Result<Installed> {
         &[],
     )?;
     system.keep_tree()?;
-    let drivers = system.drivers()?;
+    let drivers = system.drivers(BALLOON_ALIAS)?;
     let [ours, theirs] = [Driver::Rust, Driver::C].map(Driver::file);
     let [first, second, ..] = &drivers[..] else {
         bail!("for a balloon device modprobe loads {drivers:?} only");
@@ -118,7 +119,9 @@ pub(crate) fn install(places: &Places, directory: &Path) -> Result<Installed> {
         first.contains(ours) && second.contains(theirs),
         "for a balloon device modprobe loads {drivers:?} in this order"
     );
-    let modules = [(ours, first), (theirs, second)]
+    let virtio_mem = system.drivers(VIRTIO_MEM_ALIAS)?.pop();
+    let virtio_mem = virtio_mem.context("modprobe loads nothing for a virtio-mem device")?;
+    let modules = [(ours, first), (theirs, second), (VIRTIO_MEM, &virtio_mem)]
         .map(|(file, module)| system.decompress(module, &directory.join(file)));
     system.follow("Checking the programs", CHECK_PROGRAMS, &[deb::VERSION])?;
 
@@ -136,7 +139,7 @@ pub(crate) fn install(places: &Places, directory: &Path) -> Result<Installed> {
         "apt-get remove --yes virtio-balloon-rs-dkms vhost-user-balloon balloonctl balloon-manager",
         &[],
     )?;
-    let drivers = system.drivers()?;
+    let drivers = system.drivers(BALLOON_ALIAS)?;
     ensure!(
         drivers.len() == 1 && drivers[0].contains(theirs),
         "for a balloon device modprobe loads {drivers:?} when the packages have been removed"
@@ -270,11 +273,11 @@ impl System {
         self.follow(what, &format!("{COMMON}{script}"), &[&self.release])
     }
 
-    /// The balloon drivers that it loads for a device, in this order.
-    fn drivers(&self) -> Result<Vec<String>> {
+    /// The drivers that it loads for a device with this alias, in this order.
+    fn drivers(&self, alias: &str) -> Result<Vec<String>> {
         let modules = kernel::output(&mut self.shell(
             "modprobe --set-version $1 --show-depends $2",
-            &[&self.release, ALIAS],
+            &[&self.release, alias],
         ))?;
         Ok(modules
             .lines()

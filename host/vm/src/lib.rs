@@ -97,5 +97,6 @@ pub use crate::size::Size;
 pub use crate::snapshot::Snapshot;
 pub use crate::stopwatch::{PATIENCE, Stopwatch};
 pub use crate::tracing::{Off, Section};
+pub use crate::virtio_mem::VIRTIO_MEM;
 pub use crate::vmm::{Vmm, VmmSeen};
 pub use crate::write_log::WriteLog;

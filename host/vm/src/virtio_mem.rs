@@ -13,6 +13,9 @@ use crate::guest::Guest;
 use crate::size::Size;
 use crate::stopwatch::PATIENCE;
 
+/// The file that has the driver's module, for kernels that do not have it built in.
+pub const VIRTIO_MEM: &str = "virtio_mem.ko";
+
 /// The polling interval.
 const INTERVAL: Duration = Duration::from_millis(5);
 
@@ -44,6 +47,14 @@ impl Config {
 }
 
 impl Guest {
+    /// Loads virtio-mem's driver, unless the kernel has it built in.
+    pub fn load_virtio_mem(&self) -> Result<()> {
+        let load =
+            format!("[ -e /sys/bus/virtio/drivers/virtio_mem ] || insmod /modules/{VIRTIO_MEM}");
+        self.sh(&load)?;
+        Ok(())
+    }
+
     /// Makes the virtio-mem device plug or unplug memory up to `size`. Returns how long it took.
     ///
     /// # Errors

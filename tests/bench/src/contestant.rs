@@ -104,6 +104,7 @@ impl Contestant {
     /// Gives the guest the memory `amount` that virtio-mem can unplug.
     pub(crate) fn plug(self, guest: &Guest, amount: Size) -> Result<()> {
         if self.driver == By::VirtioMem {
+            guest.load_virtio_mem()?;
             guest.plug(amount)?;
         }
         Ok(())
