@@ -16,6 +16,7 @@ use crate::setup;
 
 mod docs;
 mod plots;
+mod readme;
 mod results;
 mod tables;
 mod timelines;

@@ -13,6 +13,7 @@ use procfs::{CpuInfo, Current, Meminfo};
 use vm::{Accel, Kernel, Size};
 
 use super::plots::{self, Plot};
+use super::readme::{self, GUESTS};
 use super::results::{directory, of};
 use super::{tables, timelines};
 use crate::kernel;
@@ -23,32 +24,6 @@ const INTRODUCTION: &str = include_str!("introduction.md");
 
 /// The columns of a line.
 const COLUMNS: usize = 120;
-
-/// The guests of the summary: their kernel, and the names of their records for inflating and deflating.
-const SUMMARISED: [(&str, [&str; 2]); 2] = [
-    (
-        "With a kernel that does not zero what it allocates",
-        ["inflate-idle", "deflate-idle"],
-    ),
-    (
-        "With Debian's own kernel, which does",
-        ["inflate-debian", "deflate-debian"],
-    ),
-];
-
-/// The rows of the README's table, and the names of their records.
-const AT_A_GLANCE: [(&str, &str); 4] = [
-    ("inflate", "inflate-idle"),
-    ("deflate", "deflate-idle"),
-    ("inflate, Debian's own kernel", "inflate-debian"),
-    ("deflate, Debian's own kernel", "deflate-debian"),
-];
-
-/// The comments around that table.
-const AROUND: [&str; 2] = [
-    "<!-- make bench-docs writes this table -->\n",
-    "<!-- end of the table -->\n",
-];
 
 /// Writes docs/performance.md and the plots that it shows, and the README's table.
 ///
@@ -74,56 +49,15 @@ pub(super) fn write(places: &Places, records: &[Record], accel: Accel) -> Result
         }
     }
     fs::write(docs.join("performance.md"), text)?;
-    let readme = places.checkout.join("README.md");
-    let text = fs::read_to_string(&readme)?;
-    fs::write(&readme, with_table(&text, records)?)?;
+    let file = places.checkout.join("README.md");
+    let text = fs::read_to_string(&file)?;
+    fs::write(&file, readme::with_table(&text, records)?)?;
     Ok(())
-}
-
-/// The README with the table of these records. It stays as it is without all of them.
-fn with_table(readme: &str, records: &[Record]) -> Result<String> {
-    let [begin, end] = AROUND;
-    let (before, rest) = readme
-        .split_once(begin)
-        .context("the README has no table")?;
-    let (old, after) = rest
-        .split_once(end)
-        .context("the README's table has no end")?;
-    let table = at_a_glance(records).unwrap_or_else(|| old.to_owned());
-    Ok([before, begin, &table, end, after].concat())
-}
-
-/// The README's table, if there are all records.
-fn at_a_glance(records: &[Record]) -> Option<String> {
-    const COLUMNS: [(&str, Contestant); 4] = [
-        ("C driver, QEMU's device", Contestant::STOCK),
-        ("this driver, QEMU's device", Contestant::ON_QEMU[0]),
-        ("C driver, vhost-user device", Contestant::BALLOONS[1]),
-        ("this driver, vhost-user device", Contestant::OURS),
-    ];
-    let heads = COLUMNS.map(|(head, _)| head).join(" | ");
-    let head = format!("| 7 GiB of an idle 8 GiB guest | {heads} |\n|---|---|---|---|---|\n");
-    let cell = |name, (_, of)| {
-        let record = find(records, name, of)?;
-        let time = tables::short_time(record.seconds.median());
-        let ratio = tables::times_as_fast(record, records);
-        let ratio = ratio.map(|ratio| format!(" ({ratio} times as fast)"));
-        Some(time + &ratio.unwrap_or_default())
-    };
-    let row = |(what, name)| {
-        let cells: Option<Vec<_>> = COLUMNS
-            .into_iter()
-            .map(|column| cell(name, column))
-            .collect();
-        Some(format!("| {what} | {} |\n", cells?.join(" | ")))
-    };
-    let rows: Option<String> = AT_A_GLANCE.into_iter().map(row).collect();
-    Some(head + &rows?)
 }
 
 /// Five lines to quote: the subject, the baseline, the ratios, the machine, and what is not good yet.
 fn summary(records: &[Record], cores: usize, accel: Accel) -> String {
-    let ratios: Vec<_> = SUMMARISED
+    let ratios: Vec<_> = GUESTS
         .iter()
         .filter_map(|&(kernel, names)| how_much(records, kernel, names))
         .collect();
@@ -173,7 +107,7 @@ fn how_much(records: &[Record], kernel: &str, [inflate, deflate]: [&str; 2]) -> 
         ))
     };
     Some(format!(
-        "{kernel}, this driver inflates and deflates {} times as fast on the device of `vhost-user-balloon \
+        "With {kernel}, this driver inflates and deflates {} times as fast on the device of `vhost-user-balloon \
          --extensions`, and {} times as fast on QEMU's device.",
         both(Contestant::OURS)?,
         both(Contestant::ON_QEMU[0])?
@@ -289,7 +223,7 @@ fn release(tree: &Path) -> Result<String> {
 mod tests {
     use super::*;
 
-    /// A record of each configuration of [`SUMMARISED`] with these times.
+    /// A record of each configuration of [`GUESTS`] with these times.
     fn records(name: &str, seconds: [f64; 4]) -> Vec<Record> {
         let of = [
             ("c", "qemu"),
@@ -305,30 +239,6 @@ mod tests {
             .unwrap()
         });
         records.collect()
-    }
-
-    #[test]
-    fn the_readme_has_a_table_of_all_its_records() {
-        let readme = include_str!("../../../../README.md");
-        let idle = [
-            records("inflate-idle", [3.85, 1.16, 3.48, 0.0314]),
-            records("deflate-idle", [3.79, 0.4453, 3.39, 0.0289]),
-        ];
-        assert_eq!(with_table(readme, &idle.concat()).unwrap(), readme);
-        let debian = [
-            records("inflate-debian", [12.5, 1.4, 13.2, 0.36]),
-            records("deflate-debian", [4.0, 2.0, 4.0, 0.04]),
-        ];
-        let all = [idle.concat(), debian.concat()].concat();
-        let new = with_table(readme, &all).unwrap();
-        for row in [
-            "| inflate | 3.85 s | 1.16 s (3.32 times as fast) | 3.48 s | 31.4 ms (111 times as fast) |\n",
-            "| deflate, Debian's own kernel | 4.00 s | 2.00 s (2.00 times as fast) | 4.00 s | 40.0 ms (100 times as fast) |\n",
-        ] {
-            assert!(new.contains(row), "{row}");
-        }
-        assert_eq!(with_table(&new, &all).unwrap(), new);
-        assert!(new.lines().count() <= 200, "the README is too long");
     }
 
     #[test]
