@@ -34,8 +34,12 @@ use kernel::{
     sync::Arc, //
 };
 
-/// How many pages (kernel pages) leave a node before the next node is chosen: 64 MiB.
-const PAGES_PER_NODE: usize = 1 << (26 - PAGE_SHIFT);
+/// How many pages (kernel pages) leave a node before the next node is chosen: 64 MiB, or the
+/// largest block if that has more. A block that does not fit would be split into order-0 pages.
+const PAGES_PER_NODE: usize = match 26 - PAGE_SHIFT {
+    order if order > MAX_ORDER as usize => 1 << order,
+    _ => 1 << MAX_ORDER,
+};
 
 /// Pages in the balloon, by the nodes that they are on.
 ///
