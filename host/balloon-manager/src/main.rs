@@ -50,6 +50,9 @@ mod text;
 mod vm;
 mod waits;
 
+/// Where help lists the options of all commands: after those of a command.
+const COMMON: usize = 100;
+
 /// Moves memory between the VMs of a host
 ///
 /// Each VM has a vhost-user-balloon daemon, or QEMU's own balloon device and a monitor for the manager. The manager sets
@@ -61,6 +64,8 @@ mod waits;
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
 struct Cli {
+    #[command(flatten)]
+    client: Client,
     #[command(subcommand)]
     command: Command,
 }
@@ -78,11 +83,8 @@ enum Command {
         /// Write each decision to this file
         #[arg(long, value_name = "FILE")]
         record: Option<PathBuf>,
-        /// Listen on this socket (mode 0600)
-        #[arg(long, value_name = "PATH", default_value = SOCKET)]
-        socket: PathBuf,
         /// The log level: off, error, warn, info, debug or trace
-        #[arg(long, value_name = "LEVEL", default_value_t = LevelFilter::Info)]
+        #[arg(long, value_name = "LEVEL", default_value = "info")]
         log: LevelFilter,
     },
     /// Check the configuration
@@ -98,8 +100,6 @@ enum Command {
     },
     /// Show the host and its VMs
     Top {
-        #[command(flatten)]
-        client: Client,
         /// Repeat every second
         #[arg(long)]
         watch: bool,
@@ -108,8 +108,6 @@ enum Command {
     Explain {
         /// The VM
         vm: String,
-        #[command(flatten)]
-        client: Client,
     },
     /// Reserve memory for a VM that is about to start, and wait until it is free
     Reserve {
@@ -121,36 +119,25 @@ enum Command {
         /// How long to wait for the memory, and how long it stays free then
         #[arg(long, value_name = "SECONDS", default_value_t = 60)]
         seconds: u64,
-        #[command(flatten)]
-        client: Client,
     },
     /// End a reservation before its time
     Release {
         /// The number that `reserve` has printed
         id: u32,
-        #[command(flatten)]
-        client: Client,
     },
     /// Leave a VM alone: its target stays, also when the manager ends
     Pause {
         /// The VM
         vm: String,
-        #[command(flatten)]
-        client: Client,
     },
     /// Manage a VM again that was left alone with `pause`
     Resume {
         /// The VM
         vm: String,
-        #[command(flatten)]
-        client: Client,
     },
     /// Print metrics for Prometheus
-    Metrics {
-        #[command(flatten)]
-        client: Client,
-    },
-    /// Write the man pages to a directory
+    Metrics,
+    /// Write the man page to a directory
     #[command(hide = true)]
     Man {
         /// The directory
@@ -160,11 +147,11 @@ enum Command {
 
 #[derive(clap::Args, Debug)]
 struct Client {
-    /// The manager's socket
-    #[arg(long, value_name = "PATH", default_value = SOCKET)]
+    /// The manager's socket (mode 0600)
+    #[arg(long, global = true, display_order = COMMON, value_name = "PATH", default_value = SOCKET)]
     socket: PathBuf,
-    /// Print the response as JSON
-    #[arg(long)]
+    /// Print the manager's response as JSON
+    #[arg(long, global = true, display_order = COMMON)]
     json: bool,
 }
 
@@ -180,7 +167,7 @@ fn main() -> ExitCode {
         .build();
     let result = runtime
         .map_err(Into::into)
-        .and_then(|runtime| runtime.block_on(execute(cli.command)));
+        .and_then(|runtime| runtime.block_on(execute(cli.command, &cli.client)));
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -203,15 +190,22 @@ fn start_log(level: LevelFilter) {
     }
 }
 
-async fn execute(command: Command) -> Result<()> {
+async fn execute(command: Command, client: &Client) -> Result<()> {
     match command {
         Command::Run {
             config,
             observe,
             record,
-            socket,
             ..
-        } => run(config.as_deref(), observe, record.as_deref(), &socket).await,
+        } => {
+            run(
+                config.as_deref(),
+                observe,
+                record.as_deref(),
+                &client.socket,
+            )
+            .await
+        }
         Command::Check { config } => {
             print!("{}", Config::load(config.as_deref())?.to_toml()?);
             Ok(())
@@ -222,23 +216,18 @@ async fn execute(command: Command) -> Result<()> {
             Ok(())
         }
         Command::Man { directory } => man::generate(Cli::command(), &directory),
-        Command::Top { client, watch } => top(&client, watch).await,
-        Command::Explain { vm, client } => explain(&client, vm).await,
-        Command::Reserve {
-            size,
-            vm,
-            seconds,
-            client,
-        } => reserve(&client, &size, vm, seconds).await,
-        Command::Release { id, client } => {
-            ask::<serde_json::Value>(&client, &Request::Release { id }).await?;
+        Command::Top { watch } => top(client, watch).await,
+        Command::Explain { vm } => explain(client, vm).await,
+        Command::Reserve { size, vm, seconds } => reserve(client, &size, vm, seconds).await,
+        Command::Release { id } => {
+            ask::<serde_json::Value>(client, &Request::Release { id }).await?;
             Ok(())
         }
-        Command::Pause { vm, client } => pause(&client, vm, true).await,
-        Command::Resume { vm, client } => pause(&client, vm, false).await,
-        Command::Metrics { client } => {
+        Command::Pause { vm } => pause(client, vm, true).await,
+        Command::Resume { vm } => pause(client, vm, false).await,
+        Command::Metrics => {
             let metrics: Option<balloon_control::Metrics> =
-                ask(&client, &Request::Metrics {}).await?;
+                ask(client, &Request::Metrics {}).await?;
             print!(
                 "{}",
                 metrics.map(|metrics| metrics.text).unwrap_or_default()

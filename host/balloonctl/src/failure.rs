@@ -33,7 +33,7 @@ pub(crate) fn help() -> String {
     let mut text = style("Exit codes:").bold().underlined().to_string();
     for (code, meaning) in EXIT_CODES {
         // Writing to a string does not fail.
-        let _ = write!(text, "\n  {code}  {meaning}");
+        let _ = write!(text, "\n  {code:>3}  {meaning}");
     }
     text
 }

@@ -2,13 +2,10 @@
 
 //! The man page, generated from the definition of the command line.
 
-use std::fs;
-use std::io;
 use std::path::Path;
 
-use clap::{Command, CommandFactory};
-use clap_mangen::Man;
-use clap_mangen::roff::{Roff, bold, roman};
+use clap::CommandFactory;
+use man_page::Page;
 
 use crate::cli::{Cli, socket_of};
 use crate::failure::{EXIT_CODES, Failure};
@@ -58,84 +55,13 @@ const EXAMPLES: [(&str, &str); 9] = [
 ///
 /// It cannot be written there.
 pub(crate) fn generate(directory: &Path) -> Result<(), Failure> {
-    let mut command = Cli::command();
-    command.build();
-    let man = Man::new(command.clone()).manual("User Commands");
-    let path = directory.join(man.get_filename());
-    render(&man, &command)
-        .and_then(|page| fs::write(&path, page))
-        .map_err(|error| Failure::File(path, error))
-}
-
-fn render(man: &Man, command: &Command) -> io::Result<Vec<u8>> {
-    let mut page = Vec::new();
-    man.render_title(&mut page)?;
-    man.render_name_section(&mut page)?;
-    man.render_synopsis_section(&mut page)?;
-    man.render_description_section(&mut page)?;
-    man.render_options_section(&mut page)?;
-    let mut roff = Roff::new();
-    commands(&mut roff, command);
+    let mut page = Page::new(Cli::command(), 1);
     let codes = EXIT_CODES.map(|(code, meaning)| (code.to_string(), meaning));
-    man_page::terms(&mut roff, "EXIT STATUS", codes);
+    page.terms("EXIT STATUS", codes);
     let socket = socket_of("NAME");
-    man_page::terms(&mut roff, "FILES", [(socket.to_string_lossy(), SOCKET)]);
-    examples(&mut roff);
-    let pages = [("vhost-user-balloon", 8), ("balloon-manager", 1)];
-    man_page::see_also(&mut roff, &pages);
-    roff.to_writer(&mut page)?;
-    Ok(page)
-}
-
-/// All commands on one page: the generator would write a page for each.
-fn commands(roff: &mut Roff, command: &Command) {
-    roff.control("SH", ["COMMANDS"]);
-    for command in command
-        .get_subcommands()
-        .filter(|command| !command.is_hide_set())
-    {
-        roff.control("SS", [usage(command).as_str()]);
-        if let Some(about) = command.get_long_about().or(command.get_about()) {
-            roff.text([roman(about.to_string())]);
-        }
-        let arguments = command
-            .get_arguments()
-            .filter(|argument| !argument.is_global_set() && argument.get_id() != "help");
-        for argument in arguments {
-            roff.control("TP", []);
-            roff.text([bold(argument.to_string())]);
-            let help = argument.get_help().map(ToString::to_string);
-            roff.text([roman(help.unwrap_or_default())]);
-            let takes_value = argument.get_action().takes_values();
-            for value in argument.get_default_values().iter().filter(|_| takes_value) {
-                roff.text([roman(format!("[default: {}]", value.to_string_lossy()))]);
-            }
-            for value in argument.get_possible_values() {
-                let help = value.get_help().map(|help| format!(": {help}"));
-                roff.control("br", []);
-                roff.text([bold(value.get_name()), roman(help.unwrap_or_default())]);
-            }
-        }
-    }
-}
-
-/// The synopsis of a command, without the common options.
-fn usage(command: &Command) -> String {
-    let mut command = command.clone();
-    let usage = command.render_usage().to_string();
-    usage.trim_start_matches("Usage: ").to_owned()
-}
-
-fn examples(roff: &mut Roff) {
-    roff.control("SH", ["EXAMPLES"]);
-    for (what, example) in EXAMPLES {
-        roff.control("PP", []);
-        roff.text([roman(what)]);
-        roff.control("PP", []);
-        roff.control("RS", ["4"]);
-        roff.control("nf", []);
-        roff.text([bold(example)]);
-        roff.control("fi", []);
-        roff.control("RE", []);
-    }
+    page.terms("FILES", [(socket.to_string_lossy(), SOCKET)]);
+    page.examples(&EXAMPLES);
+    page.see_also(&[("vhost-user-balloon", 8), ("balloon-manager", 1)]);
+    page.write(directory)
+        .map_err(|error| Failure::File(page.path(directory), error))
 }

@@ -50,7 +50,7 @@ const CHECK_PROGRAMS: &str = r#"
         [ "$($program --version)" = "$program $1" ]
     done
     cd /usr/share
-    gzip --test man/man8/vhost-user-balloon.8.gz man/man1/balloonctl.1.gz man/man1/balloon-manager.1.gz man/man1/balloon-manager-run.1.gz
+    gzip --test man/man8/vhost-user-balloon.8.gz man/man1/balloonctl.1.gz man/man1/balloon-manager.1.gz
     test -s bash-completion/completions/balloonctl
     test -s zsh/vendor-completions/_balloonctl
     test -s fish/vendor_completions.d/balloonctl.fish

@@ -2,16 +2,15 @@
 
 //! The daemon's process: its command line, its log and its signals.
 
-use std::fs::{self, File};
+use std::fs;
 use std::panic;
 use std::path::Path;
 use std::process::{self, ExitCode};
 
 use anyhow::{Context, Result, ensure};
 use clap::{CommandFactory, Parser};
-use clap_mangen::Man;
-use clap_mangen::roff::Roff;
 use log::{LevelFilter, error, warn};
+use man_page::Page;
 use nix::sys::prctl::{set_dumpable, set_name, set_no_new_privs, set_pdeathsig};
 use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::getppid;
@@ -33,6 +32,30 @@ const FILES: [(&str, &str); 3] = [
         "/var/lib/vhost-user-balloon/NAME/state",
         "The --state of the service.",
     ),
+];
+
+const EXIT_CODES: [(&str, &str); 3] = [
+    ("0", "SIGTERM or SIGINT has ended the daemon."),
+    (
+        "1",
+        "The daemon cannot start, or cannot continue. The log has the error.",
+    ),
+    ("2", "The command line is wrong."),
+];
+
+const EXAMPLES: [(&str, &str); 3] = [
+    (
+        "Serve a VM. QEMU must run as the same user, or as root:",
+        "mkdir -p /run/vhost-user-balloon/vm1\n\
+         vhost-user-balloon --extensions \\\n    \
+         --socket /run/vhost-user-balloon/vm1/vmm.sock \\\n    \
+         --control /run/vhost-user-balloon/vm1/control.sock",
+    ),
+    (
+        "Do the same as a service:",
+        "systemctl start vhost-user-balloon@vm1",
+    ),
+    ("Ask the guest for 2 GiB:", "balloonctl --vm vm1 set 2GiB"),
 ];
 
 /// What QEMU's schema `vhost-user.json` has for a balloon.
@@ -120,15 +143,11 @@ fn supervise(options: &Options) -> Result<()> {
 }
 
 fn write_man_page(directory: &Path) -> Result<()> {
-    let path = directory.join("vhost-user-balloon.8");
-    let mut file = File::create(&path).with_context(|| format!("creating {}", path.display()))?;
-    let mut more = Roff::new();
-    man_page::terms(&mut more, "FILES", FILES);
-    let pages = [("balloonctl", 1), ("balloon-manager", 1)];
-    man_page::see_also(&mut more, &pages);
-    Man::new(Options::command())
-        .section("8")
-        .render(&mut file)
-        .and_then(|()| more.to_writer(&mut file))
-        .with_context(|| format!("writing {}", path.display()))
+    let mut page = Page::new(Options::command(), 8);
+    page.terms("EXIT STATUS", EXIT_CODES);
+    page.terms("FILES", FILES);
+    page.examples(&EXAMPLES);
+    page.see_also(&[("balloonctl", 1), ("balloon-manager", 1)]);
+    page.write(directory)
+        .with_context(|| format!("writing {}", page.path(directory).display()))
 }

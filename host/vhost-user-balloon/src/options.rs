@@ -25,7 +25,7 @@ pub enum Sandbox {
     None,
 }
 
-/// A virtio memory balloon for one VM, as a vhost-user device.
+/// A virtio memory balloon for one VM, as a vhost-user device
 ///
 /// QEMU uses it with
 ///
@@ -51,7 +51,12 @@ pub enum Sandbox {
 /// The daemon needs no privileges: only directories in which it may create its
 /// sockets and its state file, and the memory file that it gets from the VMM.
 #[derive(Clone, Debug, Parser)]
-#[command(version, verbatim_doc_comment, args_override_self = true)]
+#[command(
+    version,
+    verbatim_doc_comment,
+    args_override_self = true,
+    override_usage = "vhost-user-balloon [OPTIONS] {--socket <PATH> | --fd <NUMBER>}"
+)]
 pub struct Options {
     /// The socket for the VMM
     #[arg(
@@ -170,7 +175,7 @@ pub struct Options {
     pub sandbox: Sandbox,
 
     /// The log level on standard error: off, error, warn, info, debug or trace
-    #[arg(long, value_name = "LEVEL", default_value_t = LevelFilter::Info)]
+    #[arg(long, value_name = "LEVEL", default_value = "info")]
     pub log: LevelFilter,
 
     /// Implement the device, for a supervisor that hands it over in this version
