@@ -65,7 +65,7 @@ const CHECK_PROGRAMS: &str = r#"
 const COMMON: &str = include_str!("debian/common.sh");
 
 /// The tests of the installed packages, in their order.
-const PACKAGE_TESTS: [(&str, &str); 5] = [
+const PACKAGE_TESTS: [(&str, &str); 6] = [
     (
         "Skipping a kernel, and building for it again",
         include_str!("debian/skipped.sh"),
@@ -83,6 +83,7 @@ const PACKAGE_TESTS: [(&str, &str); 5] = [
         include_str!("debian/next.sh"),
     ),
     ("Upgrading the packages", include_str!("debian/upgraded.sh")),
+    ("Signing the module", include_str!("debian/secure_boot.sh")),
 ];
 
 /// The result of installing the packages in a system.

@@ -45,6 +45,7 @@ mod races;
 mod reporting;
 mod requests;
 mod scenario;
+mod signatures;
 mod silent;
 mod sizes;
 mod snapshot;
@@ -99,6 +100,7 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     snapshot::SCENARIOS,
     migration::SCENARIOS,
     hostile::SCENARIOS,
+    signatures::SCENARIOS,
     silent::SCENARIOS,
     vmm::SCENARIOS,
     zeroing::SCENARIOS,
