@@ -129,28 +129,16 @@ pub(crate) fn install(places: &Places, directory: &Path) -> Result<Installed> {
     for (what, script) in PACKAGE_TESTS {
         system.check(what, script)?;
     }
+    let mut other = system.clone();
+    other.begin_changes(places.build().join("debian-kernels"))?;
+    other.check("Upgrading the kernel", include_str!("debian/kernel.sh"))?;
 
     system.begin_changes(places.build().join("debian-removed"))?;
     let installed = vm::System {
         layers: system.layers.clone(),
         packages: system.packages.clone(),
     };
-    system.follow(
-        "Removing the packages",
-        "apt-get remove --yes virtio-balloon-rs-dkms vhost-user-balloon balloonctl balloon-manager",
-        &[],
-    )?;
-    let drivers = system.drivers(BALLOON_ALIAS)?;
-    ensure!(
-        drivers.len() == 1 && drivers[0].contains(theirs),
-        "for a balloon device modprobe loads {drivers:?} when the packages have been removed"
-    );
-    system.follow(
-        "Looking for remaining files",
-        "! find /etc /usr /var/cache /var/lib/dkms -name '*balloon[-_]rs*' | grep .",
-        &[],
-    )?;
-    system.check("Purging the packages", include_str!("debian/purged.sh"))?;
+    remove(&mut system)?;
     let image = system
         .path
         .join("boot")
@@ -162,7 +150,28 @@ pub(crate) fn install(places: &Places, directory: &Path) -> Result<Installed> {
     })
 }
 
+/// Removes the packages, and purges them: nothing of them stays.
+fn remove(system: &mut System) -> Result<()> {
+    system.follow(
+        "Removing the packages",
+        "apt-get remove --yes virtio-balloon-rs-dkms vhost-user-balloon balloonctl balloon-manager",
+        &[],
+    )?;
+    let drivers = system.drivers(BALLOON_ALIAS)?;
+    ensure!(
+        drivers.len() == 1 && drivers[0].contains(Driver::C.file()),
+        "for a balloon device modprobe loads {drivers:?} when the packages have been removed"
+    );
+    system.follow(
+        "Looking for remaining files",
+        "! find /etc /usr /var/cache /var/lib/dkms -name '*balloon[-_]rs*' | grep .",
+        &[],
+    )?;
+    system.check("Purging the packages", include_str!("debian/purged.sh"))
+}
+
 /// A Debian system with its kernel and the packages' dependencies, but without the packages.
+#[derive(Clone)]
 struct System {
     /// The system as it was made, in the cache.
     path: PathBuf,
