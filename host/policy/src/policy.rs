@@ -351,7 +351,8 @@ impl Step<'_> {
     }
 
     /// Divides the capacity: first what guests need, then what they want beyond that. A reservation that waits for its
-    /// memory comes between the two: guests that run do not starve for one that is to start.
+    /// memory comes between the two: guests that run do not starve for one that is to start. For needs that exceed the
+    /// capacity, there is the fast reserve.
     fn divide(&mut self, admitted: &BTreeSet<u32>, trackers: &BTreeMap<VmId, Tracker>) {
         let Decision {
             capacity, accounts, ..
@@ -368,7 +369,9 @@ impl Step<'_> {
             .zip(accounts.iter())
             .filter(|(_, account)| !is_movable(account))
             .map(|(vm, _)| trackers[&vm.id].expected_charge(vm));
-        *capacity = fixed.fold(capacity.saturating_sub(sum(true)), Pages::saturating_sub);
+        let rest = capacity.saturating_add(self.fast).saturating_sub(sum(true));
+        let for_needs = fixed.fold(rest, Pages::saturating_sub);
+        *capacity = for_needs.saturating_sub(self.fast);
         let for_wants = capacity.saturating_sub(sum(false));
         let mut movable: Vec<_> = self
             .observation
@@ -389,7 +392,7 @@ impl Step<'_> {
             weight: vm.settings.weight,
         });
         let claims: Vec<_> = claims.collect();
-        let needs = share(*capacity, &claims);
+        let needs = share(for_needs, &claims);
         let claims: Vec<_> = movable
             .iter()
             .zip(&needs)

@@ -781,6 +781,20 @@ fn a_reservation_takes_nothing_that_guests_need() {
     }
 }
 
+/// Memory for a need to come is of no use to guests that cannot do with what they have.
+#[test]
+fn guests_that_lack_memory_get_the_fast_reserve() {
+    let used = 3 * GIB;
+    let guest = || Guest::new(Behaviour::Honest, 4 * GIB, used, GIB);
+    // Without the fast reserve of half a GiB, there is not enough for both.
+    let mut world = World::new(0, 2 * used + GIB / 4, vec![guest(), guest()]);
+    for _ in 0..600 {
+        world.step(100);
+    }
+    let least = world.guests.iter().map(Guest::grant).min();
+    assert!(least > Some(used + 96 * MIB), "{least:?}");
+}
+
 /// Statistics of a guest with so much free memory, without signs of pressure.
 const fn sample(taken: Millis, free: Pages) -> Sample {
     Sample {
