@@ -124,10 +124,13 @@ impl Handler for Script {
                 info.withheld = vec!["pinned".to_owned()];
                 Response::Done {}
             }
+            Request::Unused { .. }
+            | Request::Reclaim { .. }
+            | Request::DropCaches { .. }
+            | Request::Hints {
+                action: HintAction::Start,
+            } => Response::Begun(Begun { id: ID }),
             Request::SetStatsInterval { .. } | Request::Hints { .. } => Response::Done {},
-            Request::Unused { .. } | Request::Reclaim { .. } | Request::DropCaches { .. } => {
-                Response::Begun(Begun { id: ID })
-            }
             Request::Progress { id } | Request::Cancel { id } => {
                 Response::Progress(self.progress(id))
             }

@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 
 use balloon_control::{
-    Begun, ControlError, Event, Info, Metrics, Progress, Ranges, Request, Stat, Stats,
+    Begun, ControlError, Event, HintAction, Info, Metrics, Progress, Ranges, Request, Stat, Stats,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -51,7 +51,12 @@ fn examples_are_exact() {
             ("ok", Request::Metrics {}) => is_a::<Metrics>(value),
             (
                 "ok",
-                Request::Unused { .. } | Request::Reclaim { .. } | Request::DropCaches { .. },
+                Request::Unused { .. }
+                | Request::Reclaim { .. }
+                | Request::DropCaches { .. }
+                | Request::Hints {
+                    action: HintAction::Start,
+                },
             ) => is_a::<Begun>(value),
             ("ok", Request::Progress { .. } | Request::Cancel { .. }) => is_a::<Progress>(value),
             ("ok", Request::Ranges { .. }) => is_a::<Ranges>(value),

@@ -5,9 +5,11 @@
 
 #![no_main]
 
+use balloon_control::RequestStatus;
 use balloon_wire::{VIRTIO_BALLOON_CMD_ID_DONE, VIRTIO_BALLOON_CMD_ID_STOP};
-use fuzz::{Guest, Input};
+use fuzz::{Guest, Input, PAGE, page};
 use libfuzzer_sys::fuzz_target;
+use vhost_user_balloon::budget::Budget;
 use vhost_user_balloon::counters::Counters;
 use vhost_user_balloon::queues::hinting::{Hinting, Hints};
 use vhost_user_balloon::sync::{Mutex, lock};
@@ -17,15 +19,18 @@ fuzz_target!(|data: &[u8]| {
         return;
     };
     let mut guest = Guest::new(input);
+    let balloon = guest.balloon(0);
     let shared = Mutex::<Hints>::default();
+    let mut list = None;
     let counters = Counters::default();
     for step in input.word.to_le_bytes() {
         let mut hints = lock(&shared);
         match step % 8 {
-            0 => hints.start(),
+            0 => list = Some(hints.start(balloon.no_pages())),
             1 => hints.stop(),
             2 => hints.done(),
             3 => hints.restart(),
+            4 => hints.disconnect(),
             _ => {}
         }
         drop(hints);
@@ -35,6 +40,7 @@ fuzz_target!(|data: &[u8]| {
             memory: &guest.memory,
             hints: &shared,
             counters: &counters,
+            budget: Budget::UNLIMITED,
         };
         let seen = guest.serve(&counters, &mut hinting);
 
@@ -45,6 +51,17 @@ fuzz_target!(|data: &[u8]| {
         // The device accepts no hints without a command.
         let idle = [VIRTIO_BALLOON_CMD_ID_STOP, VIRTIO_BALLOON_CMD_ID_DONE];
         assert!(hinted == before || !idle.contains(&lock(&shared).command()));
+    }
+    if let Some(id) = list {
+        let hints = lock(&shared);
+        let progress = hints.progress(id).expect("it is kept");
+        let ranges = hints.ranges(id, 0).expect("it is kept").ranges;
+        let numbers = |&(start, length)| start / PAGE..(start + length) / PAGE;
+        let pages: Vec<_> = ranges.iter().flat_map(numbers).collect();
+        assert!(pages.is_sorted() && pages.iter().all(|&number| page(number) != 0));
+        assert_eq!(pages.len() as u64 * PAGE, progress.named);
+        assert!(progress.named <= counters.hinted.get());
+        assert!(progress.status != RequestStatus::Waiting || progress.named == 0);
     }
     guest.check_holes(0);
 });

@@ -7,14 +7,13 @@ use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use balloon_control::{
-    Begun, Changes, ControlError, ErrorKind, Guest, Handler, HintAction, Info, Lease, Metrics,
-    Request, Response,
+    Begun, Changes, ControlError, ErrorKind, Guest, Handler, Info, Lease, Metrics, Request,
+    Response,
 };
 use balloon_wire::BALLOON_PAGE_SIZE;
 use balloon_wire::request::{Command, Wanted};
 
 use crate::device::{Device, Sizes};
-use crate::queues::hinting::Hints;
 use crate::virtio::config::bytes;
 use crate::virtio::features::{Feature, names};
 
@@ -22,6 +21,7 @@ use crate::device::lease::clock;
 use crate::device::state::{MAX_INHIBIT, MAX_INHIBITORS};
 use crate::queues::requests::{MAX_REQUESTS, TooMany};
 
+mod lists;
 mod metrics;
 mod set;
 
@@ -61,15 +61,7 @@ impl Handler for Device {
                     .map_err(|error| cannot_keep(&error))?;
                 Ok(Response::Done {})
             }
-            Request::Hints { action } => {
-                self.need(Feature::FreePageHinting)?;
-                self.command(match action {
-                    HintAction::Start => Hints::start,
-                    HintAction::Stop => Hints::stop,
-                    HintAction::Done => Hints::done,
-                });
-                Ok(Response::Done {})
-            }
+            Request::Hints { action } => self.hint(action),
             Request::Unused { block, start, end } => {
                 self.ask_guest(Command::UnusedSkip(wanted(block, start, end)?))
             }
@@ -83,10 +75,7 @@ impl Handler for Device {
                 "name pages, slab or both",
             )),
             Request::Progress { id } => self.progress(id),
-            Request::Ranges { id, from } => {
-                let ranges = self.requests().ranges(id, from);
-                ranges.map(Response::Ranges).ok_or_else(|| no_request(id))
-            }
+            Request::Ranges { id, from } => self.ranges(id, from),
             Request::Cancel { id } => {
                 self.cancel(id).map_err(too_many)?;
                 let progress = self.requests().progress(id);
@@ -240,15 +229,6 @@ impl Device {
         Ok(Response::Begun(Begun { id }))
     }
 
-    /// Without a driver no client must wait for an answer of the guest.
-    fn progress(&self, id: u64) -> Result<Response, ControlError> {
-        let progress = self.requests().progress(id).ok_or_else(|| no_request(id))?;
-        if !progress.status.is_end() {
-            self.need(Feature::HostRequests)?;
-        }
-        Ok(Response::Progress(progress))
-    }
-
     /// Makes sure that there is a driver with a feature.
     fn need(&self, feature: Feature) -> Result<(), ControlError> {
         if !self.connected() {
@@ -363,7 +343,7 @@ fn no_request(id: u64) -> ControlError {
 mod tests {
     use super::*;
     use crate::testing::device;
-    use balloon_control::RequestStatus;
+    use balloon_control::{HintAction, RequestStatus};
 
     fn kind(result: Result<Response, ControlError>) -> ErrorKind {
         result.unwrap_err().kind
@@ -462,6 +442,10 @@ mod tests {
             panic!("no ranges");
         };
         assert_eq!((ranges.ranges, ranges.next, ranges.end), (vec![], None, 0));
+        let id = device.request_hints();
+        assert_eq!(kind(progress(id)), ErrorKind::NoGuest);
+        let list = device.handle(Request::Ranges { id, from: 0 });
+        assert!(matches!(list, Ok(Response::Ranges(list)) if list.id == id));
     }
 
     #[test]

@@ -309,6 +309,7 @@ impl Device {
         lock(&self.stats).forget();
         self.sampled.notify_all();
         lock(&self.requests).disconnect(&self.counters);
+        lock(&self.hints).disconnect();
         // The library forgets this file descriptor without closing it.
         let exit = self.exit.swap(NO_FD, SeqCst);
         if exit != NO_FD {

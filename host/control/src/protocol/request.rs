@@ -67,7 +67,8 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         owner: Option<String>,
     },
-    /// Free page hinting, answered with [`Response::Done`](crate::Response::Done).
+    /// Free page hinting. [`HintAction::Start`] is answered with [`Begun`](crate::Begun), the others with
+    /// [`Response::Done`](crate::Response::Done).
     Hints {
         /// What to do.
         action: HintAction,
@@ -104,7 +105,7 @@ pub enum Request {
         /// The id of the request.
         id: u64,
     },
-    /// The unused memory that the guest has listed, answered with [`Ranges`](crate::Ranges).
+    /// The memory that the guest has listed or hinted, answered with [`Ranges`](crate::Ranges).
     Ranges {
         /// The id of the request.
         id: u64,

@@ -16,9 +16,21 @@ use crate::virtio::kind::Kind;
 
 impl Device {
     /// Changes the command of free page hinting.
-    pub fn command(&self, command: impl FnOnce(&mut Hints)) {
-        command(&mut lock(&self.hints));
+    pub fn command<R>(&self, command: impl FnOnce(&mut Hints) -> R) -> R {
+        let result = command(&mut self.hints());
         self.notify();
+        result
+    }
+
+    /// Requests hints, and returns the id of their list.
+    pub fn request_hints(&self) -> u64 {
+        let pages = lock(&self.work).balloon.no_pages();
+        self.command(|hints| hints.start(pages))
+    }
+
+    /// Free page hinting.
+    pub fn hints(&self) -> Guard<'_, Hints> {
+        lock(&self.hints)
     }
 
     /// The host requests.

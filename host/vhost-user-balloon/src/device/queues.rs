@@ -117,7 +117,8 @@ impl Device {
         };
         let next = self.serve_kind(kind, &mut turn, &mut work);
         let held = work.balloon.held();
-        let has_changed = self.held.swap(held, SeqCst) != held || kind == Kind::Requests;
+        let has_changed =
+            self.held.swap(held, SeqCst) != held || matches!(kind, Kind::Requests | Kind::Hinting);
         if !work.unfinished.of(kind).is_some() {
             *work.taken_up.of_mut(kind) = false;
         }
@@ -243,6 +244,7 @@ impl Device {
             memory: turn.memory,
             hints: &self.hints,
             counters: turn.counters,
+            budget: Budget::turn(),
         };
         let unfinished = work.unfinished.of_mut(Kind::Hinting);
         turn.serve(&mut work.heads, unfinished, &mut hinting)

@@ -20,6 +20,21 @@ pub(crate) const MAX_REQUESTS: usize = 4;
 /// The maximum number of ranges in a response: far fewer than a client accepts.
 pub(crate) const MAX_RANGES: usize = 8192;
 
+/// The memory in the list with this id, from an address on.
+pub(crate) fn ranges(id: u64, pages: &PageMap, from: u64) -> Ranges {
+    let bytes = |pages: u64| pages.saturating_mul(BALLOON_PAGE_SIZE);
+    let mut rest = pages.ranges(from.div_ceil(BALLOON_PAGE_SIZE));
+    let ranges = rest.by_ref().take(MAX_RANGES);
+    Ranges {
+        id,
+        end: bytes(pages.end()),
+        ranges: ranges
+            .map(|range| (bytes(range.start), bytes(range.end - range.start)))
+            .collect(),
+        next: rest.next().map(|range| bytes(range.start)),
+    }
+}
+
 /// A request, with its state.
 #[derive(Debug)]
 pub(crate) struct Kept {
@@ -58,10 +73,11 @@ pub struct Requests {
 
 impl Default for Requests {
     /// The guest may still answer requests of an earlier worker. Ids start from the clock's microseconds,
-    /// so that this worker does not repeat them.
+    /// so that this worker does not repeat them. Hints have the ids of 32 bits.
     fn default() -> Self {
         let clock = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
-        Self::after(u64::try_from(clock.as_micros()).unwrap_or_default())
+        let clock = u64::try_from(clock.as_micros()).unwrap_or_default();
+        Self::after(clock.max(u32::MAX.into()))
     }
 }
 
@@ -145,18 +161,7 @@ impl Requests {
 
     /// The unused memory that the guest has listed, from an address on.
     pub fn ranges(&self, id: u64, from: u64) -> Option<Ranges> {
-        let pages = &self.find(id)?.pages;
-        let bytes = |pages: u64| pages.saturating_mul(BALLOON_PAGE_SIZE);
-        let mut rest = pages.ranges(from.div_ceil(BALLOON_PAGE_SIZE));
-        let ranges = rest.by_ref().take(MAX_RANGES);
-        Some(Ranges {
-            id,
-            end: bytes(pages.end()),
-            ranges: ranges
-                .map(|range| (bytes(range.start), bytes(range.end - range.start)))
-                .collect(),
-            next: rest.next().map(|range| bytes(range.start)),
-        })
+        self.find(id).map(|kept| ranges(id, &kept.pages, from))
     }
 
     /// The number of open requests.
