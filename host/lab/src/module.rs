@@ -16,14 +16,29 @@ use crate::progress::Phase;
 /// Includes the KUnit suites, which run when the module is loaded.
 pub(crate) const WITH_KUNIT: &str = "CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST=y";
 
-/// The driver's check for unused pages, in `rust/mm/zone.rs`.
-const TRUTH: &str = "zone.free_order(*next as usize)";
+/// What a lying driver does in another way.
+struct Lie {
+    file: &'static str,
+    truth: &'static str,
+    lie: &'static str,
+}
 
-/// The check of a lying driver, which lists some pages in use as unused.
-const LIE: &str = "match zone.free_order(*next as usize) {
-    Ok(None) if *next % 64 == 0 => Ok(Some(0)),
-    order => order,
-}";
+/// It lists some pages in use as unused, and hints the memory at half the address of what it holds.
+const LIES: [Lie; 2] = [
+    Lie {
+        file: "rust/mm/zone.rs",
+        truth: "zone.free_order(*next as usize)",
+        lie: "match zone.free_order(*next as usize) {
+            Ok(None) if *next % 64 == 0 => Ok(Some(0)),
+            order => order,
+        }",
+    },
+    Lie {
+        file: "rust/mm/pages/block_range.rs",
+        truth: "Page::from_pfn(self.0.first() as usize)",
+        lie: "Page::from_pfn(self.0.first() as usize / 2)",
+    },
+];
 
 /// The kernel's build applies KCSAN to C only. The same pass can instrument Rust functions with an attribute, which the
 /// compiler sets on no function for this target.
@@ -54,7 +69,7 @@ pub(crate) fn build(places: &Places, tree: &Tree) -> Result<PathBuf> {
     })
 }
 
-/// The same for a module that lists memory in use as unused, without suites.
+/// The same for a module that lists memory in use as unused and hints it, without suites.
 pub(crate) fn build_lying(places: &Places, tree: &Tree) -> Result<PathBuf> {
     let directory = places.build_for(tree.kernel).join("lying");
     keep(places, tree, Driver::Lying, || {
@@ -123,7 +138,7 @@ const FOLDERS: [&str; 8] = [
     "uapi",
 ];
 
-/// Copies the module's sources, and replaces the check in them.
+/// Copies the module's sources, and puts the lies into them.
 fn copy_lying(places: &Places, copy: &Path) -> Result<()> {
     // Otherwise files that have moved since the last copy would exist twice.
     if copy.exists() {
@@ -131,12 +146,12 @@ fn copy_lying(places: &Places, copy: &Path) -> Result<()> {
     }
     for path in all_sources(places)? {
         let mut text = fs::read_to_string(places.checkout.join(&path))?;
-        if path == Path::new("rust/mm/zone.rs") {
+        for Lie { file, truth, lie } in LIES.iter().filter(|lie| path == Path::new(lie.file)) {
             ensure!(
-                text.matches(TRUTH).count() == 1,
-                "rust/mm/zone.rs asks for free pages in another way than host/lab/src/module.rs expects: correct TRUTH and LIE there"
+                text.matches(truth).count() == 1,
+                "{file} differs from what host/lab/src/module.rs expects: correct LIES there"
             );
-            text = text.replace(TRUTH, LIE);
+            text = text.replace(truth, lie);
         }
         let path = copy.join(path);
         fs::create_dir_all(path.with_file_name(""))?;
@@ -152,7 +167,12 @@ pub(crate) fn key(places: &Places) -> Result<String> {
         hash.update(path.as_os_str().as_encoded_bytes());
         hash.update(fs::read(places.checkout.join(path))?);
     }
-    for option in [WITH_KUNIT, LIE, SANITIZE_THREADS].iter().chain(&COUNT) {
+    let lies = LIES.iter().map(|lie| &lie.lie);
+    for option in [WITH_KUNIT, SANITIZE_THREADS]
+        .iter()
+        .chain(&COUNT)
+        .chain(lies)
+    {
         hash.update(option);
     }
     Ok(format!("{:.12}", format!("{:x}", hash.finalize())))

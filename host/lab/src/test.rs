@@ -32,6 +32,8 @@ const LONG_SCENARIOS: &[&str] = &[
     "unused_proof",
     "manager",
     "unused_lie",
+    "hints_proof",
+    "hints_lie",
     "unused_bounded",
     "reclaim",
     "snapshot",

@@ -9,7 +9,7 @@ pub enum Driver {
     Rust,
     /// The kernel's own.
     C,
-    /// This repository's, built to list memory in use as unused.
+    /// This repository's, built to list memory in use as unused, and to hint it.
     Lying,
 }
 

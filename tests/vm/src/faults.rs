@@ -12,12 +12,13 @@ use tempfile::NamedTempFile;
 use vm::{Allocation, Config, Device, Driver, Guest, Load, Machine, RunningLoad, Size};
 
 use crate::lifecycle::{device, driver_directory};
+use crate::overwriting::unused;
 use crate::scenario::{
     ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, CALLBACK_KERNELS, DEBUG_KERNEL, EXTENDED_DEVICE,
     RUST_DRIVER, Scenario, Setup, VHOST_USER_DEVICE,
 };
 use crate::sizes::{check_free, check_size};
-use crate::unused::{ask, unused};
+use crate::unused::ask;
 use crate::zeroing::{check_online, taken, zeroing};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[

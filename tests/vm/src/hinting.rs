@@ -3,11 +3,13 @@
 //! Free page hinting: a guest lists its free pages during a VM migration, and QEMU does not copy
 //! them.
 
-use anyhow::{Result, ensure};
-use vm::{Config, Guest, Load, Migration, Offer, RunningLoad, Size, Transfer};
+use anyhow::{Context, Result, ensure};
+use vm::{Config, Guest, Kernel, Load, Migration, Offer, RunningLoad, Size, Transfer, Zeroing};
 
+use crate::overwriting::{List, Overwriting};
 use crate::scenario::{
-    BOTH_DRIVERS, BOTH_KERNELS, CALLBACK_KERNELS, PATIENCE, QEMU_DEVICE, Scenario, Setup,
+    BOTH_DRIVERS, BOTH_KERNELS, CALLBACK_KERNELS, EXTENDED_DEVICE, PATIENCE, QEMU_DEVICE,
+    RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
 };
 use crate::sizes::check_size;
 
@@ -36,7 +38,34 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         devices: QEMU_DEVICE,
         run: migrate_cancelled,
     },
+    Scenario {
+        name: "hints_data_intact",
+        proves: "the guest's data stay intact when the host overwrites hinted memory",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: EXTENDED_DEVICE,
+        run: data_intact,
+    },
+    Scenario {
+        name: "hints_proof",
+        proves: "memory that the driver hints, and that was not written since the id, has no content that the guest needs",
+        kernels: BOTH_KERNELS,
+        drivers: RUST_DRIVER,
+        devices: EXTENDED_DEVICE,
+        run: proof,
+    },
+    Scenario {
+        name: "hints_lie",
+        proves: "the proof fails for a driver that hints memory in use",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: EXTENDED_DEVICE,
+        run: lie,
+    },
 ];
+
+/// The driver hints pages that it has allocated. Where the kernel would zero them, it hints memory blocks.
+const BOTH_WAYS: [Zeroing; 2] = [Zeroing::Off, Zeroing::On];
 
 /// The bandwidth of a migration that must not end early: copying all of a guest takes half a
 /// minute.
@@ -77,6 +106,60 @@ impl Shares {
         guest.touch(self.freed)?;
         guest.free()
     }
+}
+
+/// Hinted memory of a guest.
+fn overwriting(setup: &Setup, zeroing: Zeroing, memory: Size, rounds: u64) -> Overwriting {
+    Overwriting {
+        list: List::Hints,
+        config: config(setup).zeroing(zeroing),
+        memory,
+        rounds,
+        seed: 0,
+    }
+}
+
+fn data_intact(setup: &Setup) -> Result<()> {
+    for zeroing in BOTH_WAYS {
+        let mut total = Size::default();
+        overwriting(setup, zeroing, Size::gib(2), 4).run(setup.driver, &mut total)?;
+        setup.note(format!(
+            "{total} of hinted memory were overwritten, zeroing {zeroing:?}"
+        ));
+        ensure!(total > Size::default(), "nothing was overwritten");
+    }
+    Ok(())
+}
+
+fn proof(setup: &Setup) -> Result<()> {
+    let (memory, guests, rounds) = match setup.kernel {
+        Kernel::Test => (Size::gib(8), 5, 10),
+        _ => (Size::gib(2), 2, 3),
+    };
+    for zeroing in BOTH_WAYS {
+        let mut total = Size::default();
+        for seed in 0..guests {
+            let guest = Overwriting {
+                seed,
+                ..overwriting(setup, zeroing, memory, rounds)
+            };
+            guest
+                .run(setup.driver, &mut total)
+                .with_context(|| format!("with the seed {seed}, zeroing {zeroing:?}"))?;
+        }
+        setup.note(format!(
+            "{total} of hinted memory were overwritten in {rounds} rounds in each of {guests} guests, zeroing {zeroing:?}"
+        ));
+        ensure!(total > Size::default(), "nothing was overwritten");
+    }
+    Ok(())
+}
+
+fn lie(setup: &Setup) -> Result<()> {
+    for zeroing in BOTH_WAYS {
+        overwriting(setup, zeroing, Size::gib(2), 3).detects_lie(setup)?;
+    }
+    Ok(())
 }
 
 fn migrate_with_hints(setup: &Setup) -> Result<()> {

@@ -10,8 +10,9 @@ use balloon_control::Request;
 use vm::{Accel, Device, Driver, Exit, Guest, Kernel, Load, MemoryBackend, Off, Offer, Size};
 
 use crate::compaction::{BLOCKS_OR_PAGES, MEMORY, fullest_block, write};
+use crate::overwriting::unused;
 use crate::scenario::{BOTH_DRIVERS, OOM, Scenario, Setup};
-use crate::unused::{ask, unused};
+use crate::unused::ask;
 use crate::vhost_user::wait_driver;
 
 pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {

@@ -37,6 +37,7 @@ mod migration;
 mod nodes;
 mod observability;
 mod oom;
+mod overwriting;
 mod page_sets;
 mod poison;
 mod power;

@@ -7,11 +7,12 @@ use vm::{Config, Driver, Guest, Size, Zeroing};
 
 use crate::debugfs::{show, value};
 use crate::lifecycle::device;
+use crate::overwriting::unused;
 use crate::scenario::{
     ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, CALLBACK_KERNELS, EXTENDED_DEVICE, PATIENCE,
     RUST_DRIVER, Scenario, Setup,
 };
-use crate::unused::{ask, unused};
+use crate::unused::ask;
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {

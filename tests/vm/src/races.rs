@@ -15,9 +15,9 @@ use serde_json::{Value, json};
 use vm::{Daemon, Device, Driver, Guest, Kernel, Load, MemoryBackend, Size};
 
 use crate::lifecycle::driver_directory;
+use crate::overwriting::unused;
 use crate::scenario::{PATIENCE, RUST_DRIVER, Scenario, Setup};
 use crate::sizes::check_free;
-use crate::unused::unused;
 
 pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
     name: "races",

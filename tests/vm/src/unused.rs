@@ -5,13 +5,13 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
-use balloon_control::{Begun, Progress, Ranges, Request, RequestStatus};
-use fastrand::Rng;
-use serde_json::{Value, json};
-use vm::{Driver, Guest, Kernel, Load, Size, WriteLog};
+use anyhow::{Context, Result, ensure};
+use balloon_control::{Begun, Progress, Request, RequestStatus};
+use serde_json::Value;
+use vm::{Guest, Kernel, Load, Size};
 
 use crate::debugfs::show;
+use crate::overwriting::{List, Overwriting, unused};
 use crate::scenario::{
     ALL_KERNELS, BOTH_KERNELS, EXTENDED_DEVICE, PATIENCE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
 };
@@ -78,9 +78,6 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
 /// How many PFNs the driver scans under one hold of a zone's lock.
 const PFNS_PER_HOLD: u64 = 1024;
 
-/// The value that overwrites unused memory.
-const GARBAGE: u8 = 0xa5;
-
 fn proof(setup: &Setup) -> Result<()> {
     let (memory, guests, rounds) = match setup.kernel {
         Kernel::Test => (Size::gib(8), 5, 10),
@@ -88,141 +85,46 @@ fn proof(setup: &Setup) -> Result<()> {
     };
     let mut total = Size::default();
     for seed in 0..guests {
-        overwrite(setup, setup.driver, memory, rounds, seed, &mut total)
+        let guest = Overwriting {
+            list: List::Unused,
+            config: setup.config(),
+            memory,
+            rounds,
+            seed,
+        };
+        guest
+            .run(setup.driver, &mut total)
             .with_context(|| format!("with the seed {seed}"))?;
     }
     setup.note(format!(
-        "{total} of unused memory were overwritten in {rounds} rounds in each of {guests} guests, and nobody has missed \
-         them"
+        "{total} of unused memory were overwritten in {rounds} rounds in each of {guests} guests, and no corruption was \
+         detected"
     ));
+    ensure!(total > Size::default(), "nothing was overwritten");
     Ok(())
 }
 
 fn data_intact(setup: &Setup) -> Result<()> {
     let mut total = Size::default();
-    overwrite_small(setup, setup.driver, &mut total)?;
+    small(setup).run(setup.driver, &mut total)?;
     ensure!(total > Size::default(), "nothing was overwritten");
     setup.note(format!("{total} of unused memory were overwritten"));
     Ok(())
 }
 
 fn lie(setup: &Setup) -> Result<()> {
-    let mut total = Size::default();
-    let outcome = overwrite_small(setup, Driver::Lying, &mut total);
-    match outcome {
-        Ok(()) => bail!(
-            "{total} were overwritten, some of it in use, and the corruption was not detected"
-        ),
-        Err(error) if total == Size::default() => Err(error.context("nothing was overwritten")),
-        Err(error) => {
-            let first = error.to_string();
-            let first = first.lines().next().unwrap_or_default();
-            setup.note(format!("detected after {total}: {first}"));
-            Ok(())
-        }
-    }
+    small(setup).detects_lie(setup)
 }
 
-/// Overwrites unused memory a few times in a guest of 1 GiB.
-fn overwrite_small(setup: &Setup, driver: Driver, total: &mut Size) -> Result<()> {
-    const ROUNDS: u64 = 2;
-    overwrite(setup, driver, Size::gib(1), ROUNDS, 0, total)
-}
-
-/// Overwrites the memory that the driver lists as unused and that was not written since. Meanwhile, processes of the
-/// guest allocate, verify and free memory of all kinds, the balloon inflates and deflates, and memory is compacted.
-/// Adds the amount of overwritten memory to `total`.
-///
-/// # Errors
-///
-/// A process of the guest has detected corrupted data.
-fn overwrite(
-    setup: &Setup,
-    driver: Driver,
-    memory: Size,
-    rounds: u64,
-    seed: u64,
-    total: &mut Size,
-) -> Result<()> {
-    let log = WriteLog::new()?;
-    let config = setup.config().memory(memory).write_log(&log);
-    let mut random = Rng::with_seed(seed);
-    vm::run(&config, |guest| {
-        guest.insmod(driver, &[])?;
-        let load = guest.load(Load::Churn {
-            mib: usize::try_from(memory.as_mib() / 8)?,
-            threads: 4,
-            seed: random.u64(..),
-        })?;
-        load.verify(100)?;
-        for _ in 0..rounds {
-            let pause = Duration::from_millis(random.u64(0..300));
-            let size = Size::mib(random.u64(0..memory.as_mib() / 3));
-            overwrite_once(guest, &log, size, pause, total)?;
-            load.verify(50)?;
-        }
-        guest.balloon().settle(Size::default())?;
-        load.stop()?;
-        guest.rmmod(driver)
-    })
-}
-
-/// Makes one request, and overwrites the memory that its answer allows.
-fn overwrite_once(
-    guest: &Guest,
-    log: &WriteLog,
-    size: Size,
-    pause: Duration,
-    total: &mut Size,
-) -> Result<()> {
-    let daemon = guest.daemon()?;
-    // The log starts before the request. The guest is stopped, so it cannot receive the request
-    // earlier.
-    stop(guest)?;
-    log.clear()?;
-    go_on(guest)?;
-    guest.wait_until("the device responds again", PATIENCE, || {
-        Ok(daemon.info()?.guest.driver)
-    })?;
-    let begun: Begun = daemon.call(&unused(4096))?;
-    guest.balloon().request(size)?;
-    guest.write_file("/proc/sys/vm/compact_memory", "1")?;
-    guest.complete(&daemon, begun)?;
-    let mut unused = Vec::new();
-    let mut from = Some(0);
-    while let Some(address) = from {
-        let ranges: Ranges = daemon.call(&Request::Ranges {
-            id: begun.id,
-            from: address,
-        })?;
-        unused.extend(ranges.ranges);
-        from = ranges.next;
+/// Unused memory of a guest of 1 GiB.
+fn small(setup: &Setup) -> Overwriting {
+    Overwriting {
+        list: List::Unused,
+        config: setup.config(),
+        memory: Size::gib(1),
+        rounds: 2,
+        seed: 0,
     }
-    // Some of the memory is in use by now.
-    thread::sleep(pause);
-
-    stop(guest)?;
-    let written = log.read()?;
-    let file = guest.memory_file()?;
-    for (address, bytes) in unused {
-        let range = address / 4096..(address + bytes) / 4096;
-        let is_written = |page: u64| -> Result<bool> {
-            Ok(written[usize::try_from(page / 8)?] & (1 << (page % 8)) != 0)
-        };
-        let mut first = range.start;
-        while first < range.end {
-            let mut end = first;
-            while end < range.end && !is_written(end)? {
-                end += 1;
-            }
-            if end > first {
-                file.fill(Size::pages(first), Size::pages(end - first), GARBAGE)?;
-                *total = *total + Size::pages(end - first);
-            }
-            first = end + 1;
-        }
-    }
-    go_on(guest)
 }
 
 /// Makes a request and waits for its end. Returns the result, and how long it took.
@@ -237,15 +139,6 @@ pub(crate) fn ask(guest: &Guest, request: &Request) -> Result<(Progress, Duratio
 /// A counter of the driver's.
 fn counter(guest: &Guest, name: &str) -> Result<u64> {
     Ok(show(guest, name)?.trim().parse()?)
-}
-
-/// All memory, in blocks of `block` bytes or more.
-pub(crate) fn unused(block: u64) -> Request {
-    Request::Unused {
-        block,
-        start: 0,
-        end: 0,
-    }
 }
 
 fn bounded(setup: &Setup) -> Result<()> {
@@ -447,16 +340,4 @@ fn drop_caches(setup: &Setup) -> Result<()> {
         );
         guest.rmmod(setup.driver)
     })
-}
-
-/// Stops the VM.
-pub(crate) fn stop(guest: &Guest) -> Result<()> {
-    guest.qmp().execute::<Value>("stop", &json!({}))?;
-    Ok(())
-}
-
-/// Continues it.
-pub(crate) fn go_on(guest: &Guest) -> Result<()> {
-    guest.qmp().execute::<Value>("cont", &json!({}))?;
-    Ok(())
 }

@@ -14,12 +14,12 @@ use fastrand::Rng;
 use serde_json::Value;
 use vm::{Daemon, Guest, HugePages, Kernel, Load, MemoryBackend, Offer, Processes, Size};
 
+use crate::overwriting::{go_on, stop};
 use crate::scenario::{
     BOTH_DRIVERS, EXTENDED_DEVICE, PATIENCE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
     VHOST_USER_DEVICE,
 };
 use crate::sizes::check_size;
-use crate::unused::{go_on, stop};
 
 /// The kernel of the other scenarios, and the kernel of a system with systemd and the package's
 /// unit.
