@@ -31,6 +31,9 @@ type Work<'a> = &'a dyn Fn() -> Result<()>;
 /// The limit for a section of the kernel, at a nanosecond for each instruction.
 const LIMIT: Duration = Duration::from_micros(200);
 
+/// The longest time in which the kernel takes 2,016 pages from a per-CPU page list, rounded up.
+const LONGEST_DRAIN: Duration = Duration::from_micros(350);
+
 /// The value that makes the kernel's per-CPU page lists as short as possible.
 const SHORT_LISTS: &str = "1000000000";
 
@@ -89,14 +92,20 @@ fn rust_driver(setup: &Setup, guest: &Guest) -> Result<()> {
         let settle = |size: Size| guest.balloon().settle(size).map(drop);
 
         // Under one hold of a lock the kernel puts up to 2,016 order-0 pages on a per-CPU page list: for a process, or
-        // to migrate the balloon's pages. It takes as many from a list for a contiguous range of memory, also for the
-        // driver. These sections are the longest. Short lists show the other long sections.
+        // to migrate the balloon's pages. It takes as many from a list for a contiguous range of memory: for a gigantic
+        // page, and for the driver. These sections are the longest. Short lists show the other long sections.
         guest.write_file("/sys/kernel/mm/transparent_hugepage/enabled", "never")?;
         let process = measure("a process", &|| guest.touch(Size::gib(2)))?;
+        let gigantic = measure("gigantic pages", &|| fill_lists(guest, &gigantic_page))?;
         let kernel_oom = out_of_memory(guest, &measure)?;
         guest.insmod(setup.driver, setup.driver.low_floor())?;
+        let mut listing = Duration::ZERO;
         if setup.device == Device::Extended {
+            wait_driver(guest)?;
+            listing = measure("listing unused memory", &|| fill_lists(guest, &list))?;
+            set_lists(guest, SHORT_LISTS)?;
             longest = longest.max(empty(guest, &measure)?);
+            set_lists(guest, DEFAULT_LISTS)?;
         }
         longest = longest.max(measure("inflating", &|| settle(full))?);
         longest = longest.max(measure("offlining", &offline)?);
@@ -110,9 +119,12 @@ fn rust_driver(setup: &Setup, guest: &Guest) -> Result<()> {
         })?;
         longest = longest.max(measure("deflating", &|| settle(Size::default()))?);
         guest.rmmod(setup.driver)?;
+        // To empty a list takes longer if more of its pages can merge. Other sections of a gigantic page do not count.
+        let drain = LONGEST_DRAIN.min(gigantic * 3 / 2);
         // The same work does not always take exactly the same time.
         for (what, with, without) in [
             ("all else", longest, process),
+            ("listing unused memory", listing, drain),
             ("running out of memory", oom, kernel_oom),
         ] {
             if with >= LIMIT.max(without * 11 / 10) {
@@ -161,12 +173,33 @@ fn out_of_memory(
     Ok(longest)
 }
 
-/// Measures what the driver does with free memory while the balloon is empty. Returns the longest section.
+/// Does `work` after processes of several sizes, which leave more or fewer pages on the per-CPU page lists.
+fn fill_lists(guest: &Guest, work: &dyn Fn(&Guest) -> Result<()>) -> Result<()> {
+    const PROCESSES: u64 = 8;
+    (1..=PROCESSES).try_for_each(|process| {
+        guest.touch(Size::mib(64 * process))?;
+        work(guest)
+    })
+}
+
+/// Makes the kernel allocate a gigantic page, and free it. Before, the kernel empties the lists.
+fn gigantic_page(guest: &Guest) -> Result<()> {
+    const PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages";
+    guest.write_file(PAGES, "1")?;
+    let pages = guest.read_file(PAGES)?;
+    ensure!(pages.trim() == "1", "the kernel has {pages} gigantic pages");
+    guest.write_file(PAGES, "0")
+}
+
+/// Lists unused memory. Before, the kernel empties the lists, too.
+fn list(guest: &Guest) -> Result<()> {
+    ask(guest, &unused(4096)).map(drop)
+}
+
+/// Measures what the driver does with free memory while the balloon is empty and the per-CPU page lists are short.
+/// Returns the longest section.
 fn empty(guest: &Guest, measure: &dyn Fn(&str, Work<'_>) -> Result<Duration>) -> Result<Duration> {
-    wait_driver(guest)?;
-    let unused = measure("listing unused memory", &|| {
-        ask(guest, &unused(4096)).map(drop)
-    })?;
+    let unused = measure("listing unused memory with short lists", &|| list(guest))?;
     let reclaim = measure("discarding unused memory", &|| {
         let all = Request::Reclaim {
             block: 2 << 20,
