@@ -181,9 +181,10 @@ fn silent_report(setup: &Setup) -> Result<()> {
 }
 
 fn silent_report_floor(setup: &Setup) -> Result<()> {
-    /// The reserve, and the tolerance.
+    /// The reserve, and the tolerance: pages on the kernel's per-CPU page lists do not count as available. Without a
+    /// reserve there are 50 MiB less than it.
     const FLOOR: Size = Size::mib(256);
-    const SLACK: Size = Size::mib(16);
+    const SLACK: Size = Size::mib(24);
     let config = setup
         .config()
         .machine(Machine::I440fx)
