@@ -30,7 +30,7 @@ impl Attempts {
         match error {
             // The next one may succeed: this was a block of CMA, one that another thread has taken,
             // or one that is not needed any more.
-            EBUSY | EPERM | ECANCELED => true,
+            EBUSY | ECANCELED => true,
             ERESTARTNOINTR => {
                 self.is_locked_out = true;
                 false

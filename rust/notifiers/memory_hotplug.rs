@@ -80,7 +80,7 @@ unsafe impl<T: GoingOffline> Chain<T> for MemoryChain {
 
             return match is_taken {
                 true => bindings::NOTIFY_DONE as c_int,
-                false => bindings::NOTIFY_BAD as c_int,
+                false => refuse(EBUSY),
             };
         }
 
@@ -95,7 +95,13 @@ unsafe impl<T: GoingOffline> Chain<T> for MemoryChain {
 
         match who.going_offline(pfns) {
             Ok(()) => bindings::NOTIFY_OK as c_int,
-            Err(_) => bindings::NOTIFY_BAD as c_int,
+            Err(error) => refuse(error),
         }
     }
+}
+
+/// Returns the value for the chain that makes the kernel fail with `error`. virtio-mem's driver
+/// expects `EBUSY` or `ENOMEM`, and warns of others.
+fn refuse(error: Error) -> c_int {
+    bindings::NOTIFY_STOP_MASK as c_int | (bindings::NOTIFY_OK as c_int - error.to_errno())
 }
