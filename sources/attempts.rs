@@ -16,7 +16,6 @@ const MAX_FAILURES: usize = 3;
 #[derive(Default)]
 pub(super) struct Attempts {
     failures: usize,
-    is_locked_out: bool,
 }
 
 impl Attempts {
@@ -31,19 +30,12 @@ impl Attempts {
             // The next one may succeed: this was a block of CMA, one that another thread has taken,
             // or one that is not needed any more.
             EBUSY | ECANCELED => true,
-            ERESTARTNOINTR => {
-                self.is_locked_out = true;
-                false
-            }
+            // Another thread has had the kernel's lock for hotplug for too long.
+            ERESTARTNOINTR => false,
             _ => {
                 self.failures += 1;
                 self.failures < MAX_FAILURES
             }
         }
-    }
-
-    /// Returns whether another thread has had the kernel's lock for hotplug for too long.
-    pub(super) fn is_locked_out(&self) -> bool {
-        self.is_locked_out
     }
 }

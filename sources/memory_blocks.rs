@@ -279,10 +279,6 @@ impl Offliner {
 
     /// Ends the work of the task.
     fn end(&self, work: &mut Work) {
-        // To take a block, the task would wait for the thread that has the lock, without a limit.
-        if work.attempts.is_locked_out() || self.is_cancelled() {
-            work.offline.release_first();
-        }
         while let Some(outcome) = work.offline.take_first() {
             self.note(work, outcome);
         }

@@ -103,15 +103,6 @@ impl OfflineBlocks {
         Some(block.take_rest(offline))
     }
 
-    /// Brings the first blocks online, and takes none of them.
-    pub(super) fn release_first(&mut self) {
-        while let Some(First { offline, .. }) = self.first.pop() {
-            if offline.bring_online().is_err() {
-                self.fail(offline);
-            }
-        }
-    }
-
     /// Adds a block that could not be brought online.
     pub(super) fn fail(&mut self, block: OfflineBlock) {
         let _ = self.failed.push_within_capacity(block);

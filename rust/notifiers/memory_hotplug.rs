@@ -7,9 +7,12 @@
 use crate::rust::{
     bindings,
     mm::{
-        hotplug::online::{
-            is_taking,
-            range_can_be_taken, //
+        hotplug::{
+            exclusion,
+            online::{
+                is_taking,
+                range_can_be_taken, //
+            }, //
         },
         pfn_range::PfnRange, //
     },
@@ -75,6 +78,7 @@ unsafe impl<T: GoingOffline> Chain<T> for MemoryChain {
         // may have allocated pages there before the kernel isolated the block, and the kernel would
         // wait for these pages with its locks for memory hotplug held.
         if is_taking() {
+            exclusion::end_offlining();
             let is_taken =
                 action != bindings::BALLOON_MEM_GOING_OFFLINE || range_can_be_taken(pfns);
 
@@ -87,13 +91,14 @@ unsafe impl<T: GoingOffline> Chain<T> for MemoryChain {
         match action {
             bindings::BALLOON_MEM_GOING_OFFLINE => (),
             bindings::BALLOON_MEM_OFFLINE | bindings::BALLOON_MEM_CANCEL_OFFLINE => {
+                exclusion::end_offlining();
                 who.offline_over();
                 return bindings::NOTIFY_OK as c_int;
             }
             _ => return bindings::NOTIFY_DONE as c_int,
         }
 
-        match who.going_offline(pfns) {
+        match exclusion::begin_offlining().and_then(|()| who.going_offline(pfns)) {
             Ok(()) => bindings::NOTIFY_OK as c_int,
             Err(error) => refuse(error),
         }

@@ -33,6 +33,10 @@ use crate::{
                 drain, //
             },
             hotplug::{
+                exclusion::{
+                    self,
+                    CallbackTurn, //
+                },
                 memory_block::{
                     Limits,
                     MemoryBlock,
@@ -81,6 +85,7 @@ use crate::{
 };
 
 use kernel::{
+    error::code::ERESTARTNOINTR,
     page::PAGE_SHIFT,
     prelude::*,
     sync::atomic::{
@@ -511,6 +516,37 @@ mod tests {
             inflated.is_ok_and(|(begin, end, pages)| begin > 0 && end + 1 == pages)
         }));
         Ok(())
+    }
+
+    #[test]
+    fn a_block_is_not_kept_while_another_thread_takes_memory_offline() -> Result {
+        if has_none() {
+            return Ok(());
+        }
+        let (total, block) = (memory::total_pages(), blocks().next().ok_or(ENOENT)?);
+
+        let offline = block.take_first(LIMITS, || true)?;
+        exclusion::begin_offlining()?;
+        let rest = block.take_rest(offline);
+        exclusion::end_offlining();
+        assert!(matches!(rest, Outcome::Not(ERESTARTNOINTR)));
+        assert_eq!(memory::total_pages(), total);
+        Ok(())
+    }
+
+    #[test]
+    fn no_other_thread_takes_memory_offline_while_blocks_are_kept() -> Result {
+        if has_none() {
+            return Ok(());
+        }
+        // The notifier is the device's.
+        let _host = Host::new(&BASE)?;
+        let block = blocks().next().ok_or(ENOENT)?;
+
+        let turn = CallbackTurn::begin()?;
+        assert_eq!(block.take_offline(LIMITS).err(), Some(EBUSY));
+        drop(turn);
+        block.take_offline(LIMITS)?.bring_online()
     }
 
     #[test]

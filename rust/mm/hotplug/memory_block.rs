@@ -210,13 +210,14 @@ impl MemoryBlock {
     fn take_online(self, offline: OfflineBlock, guard: &HotplugGuard, online: &CStr) -> Outcome {
         let callback = OnlinePageCallback::set(guard, self.pfns());
         let online = offline.write(online);
-        let pages = callback.map_or(PageList::new(), OnlinePageCallback::restore);
+        let pages = callback.map(OnlinePageCallback::restore);
 
-        match online {
+        match (pages, online) {
             // Another thread may have brought it online.
-            _ if !pages.is_empty() => Outcome::Pages(pages),
-            Ok(()) => Outcome::Not(EINVAL),
-            Err(_) => Outcome::Offline(offline),
+            (Ok(pages), _) if !pages.is_empty() => Outcome::Pages(pages),
+            (_, Err(_)) => Outcome::Offline(offline),
+            (Ok(_), Ok(())) => Outcome::Not(EINVAL),
+            (Err(error), Ok(())) => Outcome::Not(error),
         }
     }
 }

@@ -8,5 +8,6 @@
     allow(dead_code, unused_imports, unused_variables)
 )]
 
+pub(crate) mod exclusion;
 pub(crate) mod memory_block;
 pub(crate) mod online;

@@ -7,6 +7,7 @@
 use crate::rust::{
     bindings,
     mm::{
+        hotplug::exclusion::CallbackTurn,
         locks::{
             HOTPLUG,
             KEPT, //
@@ -106,22 +107,32 @@ impl Drop for HotplugGuard {
 /// # Invariants
 ///
 /// The kernel's callback is [`keep_page`].
-pub(in crate::rust::mm) struct OnlinePageCallback<'a>(PhantomData<&'a HotplugGuard>);
+pub(in crate::rust::mm) struct OnlinePageCallback<'a> {
+    // Ends when the callback is restored.
+    _turn: CallbackTurn,
+    _guard: PhantomData<&'a HotplugGuard>,
+}
 
 impl<'a> OnlinePageCallback<'a> {
-    /// Sets the callback, which keeps the pages in `pfns`. Returns none if another driver has set a
-    /// callback.
-    pub(in crate::rust::mm) fn set(_guard: &'a HotplugGuard, pfns: PfnRange) -> Option<Self> {
-        KEPT.lock().keep(pfns);
+    /// Sets the callback, which keeps the pages in `pfns`.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if another driver has set a callback, `ERESTARTNOINTR` if another thread takes
+    /// memory offline.
+    pub(in crate::rust::mm) fn set(_guard: &'a HotplugGuard, pfns: PfnRange) -> Result<Self> {
+        let turn = CallbackTurn::begin()?;
 
-        // INVARIANT: The callback was set.
+        KEPT.lock().keep(pfns);
         #[cfg(CONFIG_MEMORY_HOTREMOVE)]
         // SAFETY: The function is such a callback, and exists until this is dropped.
-        return to_result(unsafe { bindings::set_online_page_callback(Some(keep_page)) })
-            .ok()
-            .map(|()| Self(PhantomData));
-        #[cfg(not(CONFIG_MEMORY_HOTREMOVE))]
-        None
+        to_result(unsafe { bindings::set_online_page_callback(Some(keep_page)) })?;
+
+        // INVARIANT: The callback was set. Without memory hotplug no block gets here.
+        Ok(Self {
+            _turn: turn,
+            _guard: PhantomData,
+        })
     }
 
     /// Restores the kernel's callback, and returns the pages.
@@ -134,7 +145,8 @@ impl<'a> OnlinePageCallback<'a> {
 impl Drop for OnlinePageCallback<'_> {
     fn drop(&mut self) {
         #[cfg(CONFIG_MEMORY_HOTREMOVE)]
-        // SAFETY: By the type invariants. The function waits for threads that bring memory online.
+        // SAFETY: By the type invariants. The function waits for threads that bring memory online,
+        // or begin to take it offline and will be refused.
         unsafe {
             bindings::restore_online_page_callback(Some(keep_page))
         };

@@ -350,7 +350,11 @@ fn with_movable_blocks(setup: &Setup) -> Config {
 fn begin_offlining(guest: &Guest) -> Result<Offlining<'_>> {
     let pin = guest.load(Load::Pin)?;
     let block = fullest_block_of(guest, MEMORY, "^Movable", PageFlag::Locked)?;
-    let start = format!("(echo offline >{}) >/dev/null 2>&1 & echo $!", block.state);
+    // The driver may refuse once: while it brings a block online.
+    let start = format!(
+        "(until echo offline >{}; do :; done) >/dev/null 2>&1 & echo $!",
+        block.state
+    );
     let states = || -> Result<Vec<String>> {
         let states = guest.sh(&format!("cat {} {MEMORY}/memory*/state", block.state))?;
         Ok(states.lines().map(str::to_owned).collect())
