@@ -45,6 +45,9 @@ use kernel::{
     workqueue, //
 };
 
+/// How many times to allocate and free pages, until the per-CPU page lists are long.
+const TRIES: usize = 100;
+
 /// The number of pages of the largest block.
 const BLOCK: u64 = 1 << MAX_ORDER;
 
@@ -116,6 +119,19 @@ fn take(blocks: usize) -> Result<(PageList, u64)> {
     }
     let first = batch.first().ok_or(ENOMEM)?.first();
     Ok((batch.take_all(), first))
+}
+
+/// Allocates more order-0 pages.
+fn take_pages(pages: &mut PageList) -> Result {
+    let mut batch = Batch::new()?;
+
+    let _ = batch.alloc(0, BLOCK as usize, false);
+    let taken = batch.take_all();
+    if taken.is_empty() {
+        return Err(ENOMEM);
+    }
+    pages.append(taken);
+    Ok(())
 }
 
 /// Frees every second page of a block. Returns the others, and the start of the block.
@@ -207,12 +223,32 @@ mod tests {
     fn short_lists_are_not_drained_for_a_walk() -> Result {
         eventually(|| {
             drain::drain_free_lists();
-            Ok(memory::pcp_pages() < drain::WORTHWHILE)
+            Ok(!drain::has_long_lists())
         })?;
         let drains = drain::DRAINS.load(Relaxed);
 
         walk(Some(PfnRange::ALL), MAX_ORDER)?;
         assert_eq!(drain::DRAINS.load(Relaxed), drains);
+        Ok(())
+    }
+
+    #[cfg(CONFIG_CONTIG_ALLOC)]
+    #[test]
+    fn long_lists_are_drained_for_a_walk() -> Result {
+        // The kernel makes a list longer whenever it has to refill it.
+        const PAGES: usize = 1 << 15;
+        let has_grown = (0..TRIES).any(|_| {
+            let mut pages = PageList::new();
+            while pages.len() < PAGES && take_pages(&mut pages).is_ok() {}
+            drop(pages);
+            drain::has_long_lists()
+        });
+        assert!(has_grown);
+        let drains = drain::DRAINS.load(Relaxed);
+
+        walk(Some(PfnRange::ALL), MAX_ORDER)?;
+        assert_eq!(drain::DRAINS.load(Relaxed), drains + 1);
+        assert!(!drain::has_long_lists());
         Ok(())
     }
 
