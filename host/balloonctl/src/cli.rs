@@ -6,8 +6,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use balloon_control::HintAction;
-use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+use clap::{Args, Parser, Subcommand, ValueHint};
 use clap_complete::Shell;
 
 use crate::amount::{Amount, address};
@@ -144,7 +143,7 @@ pub(crate) enum Command {
     },
     /// Control free page hinting, for migrations that skip free pages
     Hints {
-        /// The action
+        #[command(subcommand)]
         action: Hints,
     },
     /// Write a bitmap of unused guest pages, for tools that copy guest memory
@@ -314,35 +313,25 @@ impl Patience {
     }
 }
 
-#[derive(Clone, Copy, ValueEnum)]
+/// A command of free page hinting.
+#[derive(Subcommand)]
 pub(crate) enum Hints {
     /// Request hints
-    Start,
+    ///
+    /// With --out it waits until the guest has ended its hints, and writes a bitmap of the hinted pages. A copy
+    /// may leave them out under the conditions of the command unused.
+    #[command(mut_arg("timeout", |timeout| timeout.requires("out")))]
+    Start {
+        /// The file to write, with one bit for each page of 4 KiB
+        #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+        out: Option<PathBuf>,
+        #[command(flatten)]
+        limit: Limit,
+    },
     /// Stop hinting; the guest keeps the hinted pages out of use
     Stop,
     /// Return the hinted pages to the guest
     Done,
-}
-
-impl Hints {
-    /// The message on success.
-    pub(crate) fn done(self) -> &'static str {
-        match self {
-            Self::Start => "The device requests hints.",
-            Self::Stop => "The guest is asked to stop hinting.",
-            Self::Done => "The hinted pages are returned to the guest.",
-        }
-    }
-}
-
-impl From<Hints> for HintAction {
-    fn from(hints: Hints) -> Self {
-        match hints {
-            Hints::Start => Self::Start,
-            Hints::Stop => Self::Stop,
-            Hints::Done => Self::Done,
-        }
-    }
 }
 
 #[cfg(test)]

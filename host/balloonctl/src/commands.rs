@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use balloon_control::{Answer, Client, Info, Metrics, Progress, Request};
+use balloon_control::{Answer, Begun, Client, HintAction, Info, Metrics, Progress, Request};
 use clap::CommandFactory;
 use clap_complete::Shell;
 use indicatif::{HumanBytes, HumanCount};
@@ -31,7 +31,7 @@ pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
         Command::Interval { seconds } => session.interval(seconds),
         Command::Inhibit { seconds, owner } => session.inhibit(seconds, owner),
         Command::Resume { owner } => session.resume(owner),
-        Command::Hints { action } => session.hints(action),
+        Command::Hints { action } => session.hints(&action),
         Command::Unused {
             min_order,
             place,
@@ -170,11 +170,31 @@ impl Session {
         })
     }
 
-    fn hints(&self, action: Hints) -> Result<(), Failure> {
-        let answer = self.call(&Request::Hints {
-            action: action.into(),
-        })?;
-        self.show(&answer, || Ok(action.done().to_owned()))
+    fn hints(&self, action: &Hints) -> Result<(), Failure> {
+        let (action, done) = match action {
+            Hints::Start { out, limit } => return self.start_hints(out.as_deref(), limit),
+            Hints::Stop => (HintAction::Stop, "The guest is asked to stop hinting."),
+            Hints::Done => (
+                HintAction::Done,
+                "The hinted pages are returned to the guest.",
+            ),
+        };
+        let answer = self.call(&Request::Hints { action })?;
+        self.show(&answer, || Ok(done.to_owned()))
+    }
+
+    fn start_hints(&self, out: Option<&Path>, limit: &Limit) -> Result<(), Failure> {
+        let request = Request::Hints {
+            action: HintAction::Start,
+        };
+        if let Some(out) = out {
+            return self.list(&request, "hinted", out, limit);
+        }
+        let answer = self.call(&request)?;
+        self.show(&answer, || {
+            let Begun { id } = answer.parse()?;
+            Ok(format!("The device requests hints with the id {id}."))
+        })
     }
 
     /// Makes a request of the guest, and waits until the guest has completed it.
@@ -188,6 +208,28 @@ impl Session {
         request::ask(client, events, request, limit.timeout())
     }
 
+    /// Makes a request for a list of memory, and writes a bitmap of the pages in that list to a file.
+    fn list(
+        &self,
+        request: &Request,
+        what: &str,
+        out: &Path,
+        limit: &Limit,
+    ) -> Result<(), Failure> {
+        let mut client = self.connect()?;
+        let (answer, progress, took) = self.ask(&mut client, request, limit)?;
+        let pages = unused::save(&mut client, progress.id, out)?;
+        self.show(&answer, || {
+            Ok(format!(
+                "{} of the guest are {what}, in {} pages, found in {:.1} s. See {}.",
+                HumanBytes(progress.named),
+                HumanCount(pages),
+                took.as_secs_f64(),
+                out.display()
+            ))
+        })
+    }
+
     fn unused(
         &self,
         min_order: u8,
@@ -195,23 +237,12 @@ impl Session {
         out: &Path,
         limit: &Limit,
     ) -> Result<(), Failure> {
-        let mut client = self.connect()?;
         let request = Request::Unused {
             block: PAGE << min_order,
             start: place.start,
             end: place.end,
         };
-        let (answer, progress, took) = self.ask(&mut client, &request, limit)?;
-        let pages = unused::save(&mut client, progress.id, out)?;
-        self.show(&answer, || {
-            Ok(format!(
-                "{} of the guest are unused, in {} pages, found in {:.1} s. See {}.",
-                HumanBytes(progress.named),
-                HumanCount(pages),
-                took.as_secs_f64(),
-                out.display()
-            ))
-        })
+        self.list(&request, "unused", out, limit)
     }
 
     fn reclaim(&self, min_order: u8, place: &Place, limit: &Limit) -> Result<(), Failure> {

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Making host requests, and waiting for their answers.
+//! Making requests of the guest, and waiting for its answers.
 
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use balloon_control::{Answer, Begun, Client, Events, Info, Progress, Request, RequestStatus};
+use balloon_control::{
+    Answer, Begun, Client, Events, HintAction, Info, Progress, Request, RequestStatus,
+};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -38,10 +40,20 @@ pub(crate) fn ask(
     let result = wait(client, id, info.memory, timeout, wake);
     if let Err(Failure::Interrupted | Failure::Unanswered { .. }) = result {
         // A failure is ignored, since nothing else can be done.
-        let _ = client.call(&Request::Cancel { id });
+        let _ = client.call(&cancel(request, id));
     }
     let (answer, progress) = result?;
     Ok((answer, progress, start.elapsed()))
+}
+
+/// The request that ends a request with this id.
+fn cancel(request: &Request, id: u64) -> Request {
+    match request {
+        Request::Hints { .. } => Request::Hints {
+            action: HintAction::Stop,
+        },
+        _ => Request::Cancel { id },
+    }
 }
 
 fn wait(

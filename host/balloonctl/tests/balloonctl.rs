@@ -527,6 +527,7 @@ fn refusals_have_their_exit_codes() {
             &["stats", "--watch"],
             &["interval", "5"],
             &["hints", "start"],
+            &["hints", "start", "--out", "/nowhere/pages"],
             &["inhibit"],
             &["resume"],
             &["metrics", "--json"],
@@ -544,11 +545,14 @@ fn a_forgotten_request_is_no_number_out_of_range() {
     let directory = tempfile::tempdir().unwrap();
     let out = directory.path().join("pages");
     let unused = ["unused", "--out", out.to_str().unwrap()];
+    let hints = ["hints", "start", "--out", out.to_str().unwrap()];
     for (at_once, arguments) in [
         (true, &["reclaim"][..]),
         (true, &["drop-caches"]),
         (true, &unused),
         (false, &unused),
+        (true, &hints),
+        (false, &hints),
     ] {
         let daemon = Daemon::start(info(), Conduct::Forgotten { at_once }, None);
         fails(&daemon.run(arguments), 1, "no longer has the request");
@@ -575,7 +579,10 @@ fn wrong_command_lines_are_refused() {
         &["interval", "-1"],
         &["inhibit", "--for", "0"],
         &["inhibit", "--for", "86401"],
+        &["hints"],
         &["hints", "pause"],
+        &["hints", "start", "--timeout", "5"],
+        &["hints", "done", "--out", "f"],
         &["deflate"],
         &["unused"],
         &["unused", "--out", "f", "--min-order", "52"],
@@ -700,12 +707,15 @@ fn the_other_commands_say_what_they_should() {
         daemon.last_request(),
         Request::SetStatsInterval { seconds: 5 }
     );
-    for (name, action) in [
-        ("start", HintAction::Start),
-        ("stop", HintAction::Stop),
-        ("done", HintAction::Done),
+    let id = ID.to_string();
+    for (name, action, words) in [
+        ("start", HintAction::Start, id.as_str()),
+        ("stop", HintAction::Stop, "asked to stop"),
+        ("done", HintAction::Done, "returned to the guest"),
     ] {
-        succeeds(&daemon.run(&["hints", name]));
+        let output = daemon.run(&["hints", name]);
+        succeeds(&output);
+        assert!(stdout(&output).contains(words), "{output:?}");
         assert_eq!(daemon.last_request(), Request::Hints { action });
     }
     let metrics = daemon.run(&["metrics"]);
@@ -818,6 +828,22 @@ fn unused_pages_are_written_to_a_file() {
 }
 
 #[test]
+fn hinted_pages_are_written_to_a_file() {
+    let daemon = Daemon::obedient();
+    let path = daemon.directory.path().join("pages");
+    let hints = ["hints", "start", "--out", path.to_str().unwrap()];
+    let output = daemon.run(&hints);
+    succeeds(&output);
+    assert!(stdout(&output).contains("3.00 GiB of the guest are hinted, in 4 pages"));
+    let action = HintAction::Start;
+    assert_eq!(daemon.orders()[0], Request::Hints { action });
+    let file = fs::read(&path).unwrap();
+    assert_eq!(file[..8], *b"UNUSEDPG");
+    assert_eq!(file[24..32], ID.to_le_bytes());
+    assert_eq!(daemon.json(&hints)["named"], 3 * GIB);
+}
+
+#[test]
 fn the_guest_is_asked_and_waited_for() {
     let daemon = Daemon::obedient();
     let output = daemon.run(&["reclaim", "--start", "0x100000"]);
@@ -861,6 +887,9 @@ fn an_answer_that_ends_otherwise_is_told() {
 
 #[test]
 fn a_guest_that_takes_too_long_is_told_to_stop() {
+    let stop = Request::Hints {
+        action: HintAction::Stop,
+    };
     for (status, words) in [
         (
             RequestStatus::Waiting,
@@ -871,12 +900,18 @@ fn a_guest_that_takes_too_long_is_told_to_stop() {
             "has not finished its answer within 1 s",
         ),
     ] {
-        let daemon = Daemon::start(info(), Conduct::Idle(status), None);
-        fails(&daemon.run(&["reclaim", "--timeout", "1"]), 6, words);
-        // Each event causes one look, and there are few without a change.
-        let orders = daemon.orders();
-        assert!(orders.len() < 8, "{orders:?}");
-        assert_eq!(daemon.orders().last(), Some(&Request::Cancel { id: ID }));
+        for (arguments, end) in [
+            (&["reclaim"][..], Request::Cancel { id: ID }),
+            (&["hints", "start", "--out", "f"], stop.clone()),
+        ] {
+            let daemon = Daemon::start(info(), Conduct::Idle(status), None);
+            let arguments = [arguments, &["--timeout", "1"]].concat();
+            fails(&daemon.run(&arguments), 6, words);
+            // Each event causes one look, and there are few without a change.
+            let orders = daemon.orders();
+            assert!(orders.len() < 8, "{orders:?}");
+            assert_eq!(orders.last(), Some(&end));
+        }
     }
 }
 

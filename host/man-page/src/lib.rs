@@ -30,6 +30,7 @@ impl Page {
             describe(&mut more, option);
         }
         if command.has_subcommands() {
+            more.control("SH", ["COMMANDS"]);
             commands(&mut more, &command);
         }
         let usage = usage(&command);
@@ -104,11 +105,10 @@ impl Page {
     }
 }
 
-/// Adds the section of a program's commands, without the options that all of them have.
-fn commands(roff: &mut Roff, program: &Command) {
-    roff.control("SH", ["COMMANDS"]);
-    let commands = program.get_subcommands();
-    for command in commands.filter(|command| !command.is_hide_set()) {
+/// Adds the commands of a program or of a command, without the options that all of them have.
+fn commands(roff: &mut Roff, parent: &Command) {
+    let visible = parent.get_subcommands().filter(|of| !of.is_hide_set());
+    for command in visible {
         roff.control("SS", [usage(command).as_str()]);
         if let Some(about) = command.get_long_about().or(command.get_about()) {
             paragraphs(roff, "PP", &about.to_string());
@@ -118,6 +118,7 @@ fn commands(roff: &mut Roff, program: &Command) {
                 describe(roff, argument);
             }
         }
+        commands(roff, command);
     }
 }
 
