@@ -13,6 +13,11 @@ cat >/usr/bin/mokutil <<-'END'
 END
 chmod +x /usr/bin/mokutil
 echo not >/enrolled
+# A key that DKMS has been configured to use.
+printf '%s\n' mok_signing_key=/own.key mok_certificate=/own.pub >/etc/dkms/framework.conf.d/own.conf
+install
+says "Secure Boot is enabled, and the key of DKMS is not enrolled; run mokutil --import /own.pub and reboot"
+rm /etc/dkms/framework.conf.d/own.conf /own.key /own.pub
 install
 says "Secure Boot is enabled, and the key of DKMS is not enrolled; run mokutil --import /var/lib/dkms/mok.pub and reboot"
 echo already >/enrolled
