@@ -29,5 +29,9 @@ install "$kernel linux-source --target-release=trixie-backports"
 release=$(newest)
 [ "$release" != "$old" ]
 is_there
+# The line about the old kernel is not repeated whenever the package has looked for kernels to build for.
+if says "the kernel $old "; then
+	exit 1
+fi
 remove "$old"
 is_there
