@@ -19,6 +19,10 @@ newest() {
 kernel='--no-install-recommends linux-image-cloud-amd64 linux-headers-cloud-amd64'
 apt-get update
 is_there
+# The headers of any of Debian's kernels are enough, so that apt does not add another kernel.
+if apt-get satisfy --simulate "$(dpkg-deb --field "$package" Recommends)" | grep '^Inst'; then
+	exit 1
+fi
 remove "$release"
 install "$kernel"
 old=$(newest)
