@@ -50,10 +50,6 @@ use kernel::{
 /// protocol. A page set has room for more.
 pub(crate) const MIGRATIONS_PER_MESSAGE: usize = pfns::PFNS_PER_MESSAGE / BALLOON_PAGES_PER_PAGE;
 
-/// The maximum number of messages of the base protocol in flight. QEMU reads all available ones
-/// under a lock that the guest's CPUs need for their timers.
-const PFN_MESSAGES_IN_FLIGHT: usize = 32;
-
 /// How many buffers for messages are kept in reserve, for when memory is short.
 const RESERVE: usize = 4;
 
@@ -102,6 +98,14 @@ impl Format {
         match self {
             Self::Pfns(_) => MIGRATIONS_PER_MESSAGE,
             Self::PageSets(_) => page_sets::RANGES_PER_MESSAGE,
+        }
+    }
+
+    /// Returns how many messages may be in flight, and how many share one notification.
+    fn limits(self) -> (usize, usize) {
+        match self {
+            Self::Pfns(_) => (pfns::MESSAGES_IN_FLIGHT, pfns::MESSAGES_PER_NOTIFICATION),
+            Self::PageSets(_) => (usize::MAX, page_sets::MESSAGES_PER_NOTIFICATION),
         }
     }
 
@@ -256,10 +260,7 @@ impl<M> MessageQueue<M> {
 
     /// Returns how many more messages can be sent now.
     pub(crate) fn room(&self) -> usize {
-        let most = match self.format {
-            Format::Pfns(_) => PFN_MESSAGES_IN_FLIGHT,
-            Format::PageSets(_) => usize::MAX,
-        };
+        let (most, _) = self.format.limits();
 
         self.vq.room().min(most.saturating_sub(self.in_flight()))
     }
@@ -418,9 +419,11 @@ impl<M> MessageQueue<M> {
         }
     }
 
-    /// Returns how many messages the device was not notified of.
-    pub(crate) fn unnotified(&self) -> usize {
-        self.unnotified
+    /// Returns whether the device should be notified before more messages are written.
+    pub(crate) fn is_notification_due(&self) -> bool {
+        let (_, enough) = self.format.limits();
+
+        self.unnotified >= enough
     }
 
     /// Notifies the device once of all sent messages.

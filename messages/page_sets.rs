@@ -45,6 +45,10 @@ const HEADER_WORDS: usize = size_of::<PageSet>() / WORD;
 /// The maximum number of words in a message, header included.
 pub(crate) const WORDS_PER_MESSAGE: usize = PAGE_SIZE / WORD;
 
+/// How many messages share one notification: few enough to keep both sides busy, and enough to
+/// spread the cost of the notification, a VM exit.
+pub(crate) const MESSAGES_PER_NOTIFICATION: usize = 16;
+
 /// How many ranges a message has room for at least, however long they are.
 pub(crate) const RANGES_PER_MESSAGE: usize = (WORDS_PER_MESSAGE - HEADER_WORDS) / 2;
 

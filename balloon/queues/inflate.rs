@@ -43,10 +43,6 @@ use kernel::{
     }, //
 };
 
-/// How many messages share one notification: few enough to keep both sides busy, and enough to
-/// spread the cost of the notification, a VM exit, over thousands of pages.
-const MESSAGES_PER_NOTIFICATION: usize = 16;
-
 /// How many blocks are collected before the first of them is sent: enough to merge adjacent blocks,
 /// and few enough that the device does not run out of work.
 const BLOCKS_PER_BATCH: usize = 1 << 16;
@@ -209,7 +205,7 @@ impl Inflate {
             }
 
             // The device reads these messages while the driver writes the next ones.
-            if self.queue.unnotified() == MESSAGES_PER_NOTIFICATION {
+            if self.queue.is_notification_due() {
                 self.queue.notify();
             }
         }
