@@ -20,7 +20,8 @@ pub(crate) const BENCHMARK: Benchmark = Benchmark {
     settings: &[Setting::plain(claims), Setting::zeroing(1, no_claims)],
     by_default: true,
     answers: "Throughput of a load that keeps all processors busy, and the longest stall of a 1 kHz task, while the \
-              guest does something for the host (`variant`), and for half a second at least.",
+              guest does something for the host (`variant`), and for half a second at least. `reclaim` returns all unused \
+              memory of a guest that has used 1 GiB: virtio-mem unplugs 7 of 8 GiB for it. `reports` returns that 1 GiB.",
     run,
 };
 
@@ -28,14 +29,18 @@ const NAME: &str = "guest-load";
 const MEMORY: Size = Size::gib(8);
 const AMOUNT: Size = Size::gib(1);
 
+/// What virtio-mem can unplug if the host wants all unused memory.
+const ALL: Size = Size::gib(7);
+
 /// How often a guest does each work, if there is a claim about it and otherwise.
 const REPETITIONS: usize = 20;
 const FEWER_REPETITIONS: usize = 3;
 
 /// The contestants that the claims compare, with a kernel that does not zero memory.
-const COMPARED: [Contestant; 4] = [
+const COMPARED: [Contestant; 5] = [
     Contestant::OURS,
     Contestant::VIRTIO_MEM,
+    Contestant::REPORTING,
     Contestant::ON_QEMU[0],
     Contestant::ON_QEMU[1],
 ];
@@ -54,7 +59,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 const LOAD: Load = Load::Compute { threads: 2 };
 
 /// The limits for the longest stall: on QEMU's device relative to the C driver, and on this repository's device
-/// relative to virtio-mem.
+/// relative to what does the same on QEMU's.
 const LIMIT_ON_QEMU: f64 = 1.5;
 const LIMIT: f64 = 1.2;
 
@@ -85,9 +90,13 @@ impl Work {
     }
 
     /// Gives the guest the memory that it is about to give away.
-    fn prepare(self, guest: &Guest) -> Result<()> {
+    fn prepare(self, guest: &Guest, contestant: Contestant) -> Result<()> {
         match self {
-            Self::Reclaim | Self::Reports => use_memory(guest, AMOUNT),
+            Self::Reclaim => {
+                contestant.plug(guest, ALL)?;
+                use_memory(guest, AMOUNT)
+            }
+            Self::Reports => use_memory(guest, AMOUNT),
             Self::Nothing | Self::Inflate | Self::Deflate | Self::Hints => Ok(()),
         }
     }
@@ -99,6 +108,9 @@ impl Work {
             Self::Nothing => thread::sleep(WINDOW),
             Self::Inflate => return contestant.inflate(guest, AMOUNT),
             Self::Deflate => return contestant.deflate(guest, AMOUNT),
+            Self::Reclaim if contestant == Contestant::VIRTIO_MEM => {
+                return contestant.inflate(guest, ALL);
+            }
             Self::Reclaim => guest.reclaim_with(&*guest.daemon()?)?,
             Self::Hints => guest.hint_with(&*guest.daemon()?)?,
             Self::Reports => {
@@ -120,7 +132,16 @@ fn run(bench: &Bench<'_>) -> Result<()> {
             Contestant::OURS => &[Work::Inflate, Work::Deflate, Work::Reclaim, Work::Hints],
             _ => &[Work::Inflate, Work::Deflate],
         };
-        repeat(bench, contestant, Offer::FreePageHint, works)
+        repeat(bench, contestant, AMOUNT, Offer::FreePageHint, works)
+    })?;
+    bench.rounds(&[(1, &[Contestant::VIRTIO_MEM])], |contestant| {
+        repeat(
+            bench,
+            contestant,
+            ALL,
+            Offer::FreePageHint,
+            &[Work::Reclaim],
+        )
     })?;
     // In guests of their own, since a guest also reports while it does other work.
     let contestants = [Contestant::OURS, Contestant::REPORTING];
@@ -128,14 +149,22 @@ fn run(bench: &Bench<'_>) -> Result<()> {
         repeat(
             bench,
             contestant,
+            AMOUNT,
             Offer::FreePageReporting,
             &[Work::Reports],
         )
     })
 }
 
-/// Makes one guest do all `works` repeatedly. This repository's device makes an `offer` for them.
-fn repeat(bench: &Bench<'_>, contestant: Contestant, offer: Offer, works: &[Work]) -> Result<()> {
+/// Makes one guest, which can return `most`, do all `works` repeatedly. This repository's device makes an `offer` for
+/// them.
+fn repeat(
+    bench: &Bench<'_>,
+    contestant: Contestant,
+    most: Size,
+    offer: Offer,
+    works: &[Work],
+) -> Result<()> {
     let config = bench.config().memory(MEMORY).polling(POLLING);
     let config = match contestant.device {
         Device::VhostUser => config.offer(&[offer]),
@@ -145,11 +174,11 @@ fn repeat(bench: &Bench<'_>, contestant: Contestant, offer: Offer, works: &[Work
         true => REPETITIONS,
         false => FEWER_REPETITIONS,
     };
-    contestant.run(config, AMOUNT, |guest| {
+    contestant.run(config, most, |guest| {
         let load = guest.load(LOAD)?;
         for _ in 0..repetitions {
             for &work in works {
-                work.prepare(guest)?;
+                work.prepare(guest, contestant)?;
                 let run = watch(guest, &load, || work.perform(guest, contestant))?;
                 let subject = Subject::new(NAME, contestant, MEMORY, AMOUNT);
                 bench.add(subject.detail(work.name()), run);
@@ -229,14 +258,14 @@ fn claims(records: &[Record]) -> Vec<Claim> {
         stalls(ours, stock, LIMIT_ON_QEMU)
     });
     let all = [
-        (Work::Inflate, Work::Inflate),
-        (Work::Deflate, Work::Deflate),
-        (Work::Reclaim, Work::Inflate),
-        (Work::Hints, Work::Inflate),
-        (Work::Reports, Work::Inflate),
+        (Work::Inflate, (Contestant::VIRTIO_MEM, Work::Inflate)),
+        (Work::Deflate, (Contestant::VIRTIO_MEM, Work::Deflate)),
+        (Work::Reclaim, (Contestant::VIRTIO_MEM, Work::Reclaim)),
+        (Work::Hints, (Contestant::VIRTIO_MEM, Work::Inflate)),
+        (Work::Reports, (Contestant::REPORTING, Work::Reports)),
     ];
     let ours = all.map(|(ours, other)| {
-        let (ours, other) = ((Contestant::OURS, ours), (Contestant::VIRTIO_MEM, other));
+        let ours = (Contestant::OURS, ours);
         [stalls(ours, other, LIMIT), paces(other, ours)]
     });
     let ours = ours.into_iter().flatten();
