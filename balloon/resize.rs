@@ -119,7 +119,8 @@ impl Balloon {
             && !self.events.has_target_changed()
     }
 
-    /// Drains the per-CPU page lists if that makes the balloon grow: it interrupts all CPUs.
+    /// Drains the per-CPU page lists if that makes the balloon grow: other tasks have to fill the
+    /// lists of their CPUs again afterwards.
     fn drain_lists(&self, worker: &Worker, wanted: usize) {
         if worker.growth.stopped() != Some(StopReason::Floor) {
             return;

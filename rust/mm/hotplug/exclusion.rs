@@ -24,7 +24,7 @@ use kernel::{
     }, //
 };
 
-/// No memory goes offline, and the kernel's callback is set.
+/// No memory goes offline, and the callback is the kernel's own, not the driver's.
 const IDLE: u32 = 0;
 
 /// The driver has set its callback, or is about to.
