@@ -169,7 +169,7 @@ impl<'a, F: FnMut(Scan)> Unused<'a, F> {
     }
 
     /// Returns the number of the zone of the range that comes next.
-    pub(crate) fn zone(&self) -> usize {
+    pub(crate) fn found_in(&self) -> usize {
         self.walk.found_in
     }
 

@@ -155,7 +155,7 @@ impl Candidates {
                 .and_then(|node| self.nodes.get_mut(node.index()));
 
             if let Some(node) = node {
-                node.add(block, unused.zone(), free)?;
+                node.add(block, unused.found_in(), free)?;
             }
             unused.advance(free);
         }

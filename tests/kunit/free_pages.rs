@@ -16,7 +16,6 @@ use crate::{
             drain, //
         },
         info::Info,
-        memory,
         pages::{
             batch::Batch,
             page::MAX_ORDER,
