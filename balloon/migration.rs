@@ -9,6 +9,9 @@
 //! Otherwise the device would see the deflate of such a page before its inflate, and discard the
 //! data of the page's next user.
 //!
+//! A block whose memory the kernel needs leaves the balloon without a replacement. It is recorded
+//! in the same way, and the balloon then inflates elsewhere.
+//!
 //! Specification: clause 5.5.6.1, Driver Requirements: Device Operation.
 
 #![forbid(unsafe_code)]
@@ -23,10 +26,13 @@ use crate::{
         mm::{
             balloon::replace::{
                 MigratePage,
+                OldBlock,
                 OldPage,
-                PageRef, //
+                PageRef,
+                TakenBlock, //
             },
-            pages::page_list::PageList, //
+            pages::page_list::PageList,
+            pfn_range::PfnRange, //
         },
         work::{
             poll::StallTimeout,
@@ -46,13 +52,26 @@ use kernel::{
     }, //
 };
 
-/// A page that has replaced another one. The numbers are those of kernel pages.
+/// A page that has replaced another one, or a block that has left the balloon. The numbers are
+/// those of kernel pages.
 pub(crate) struct Migration {
-    pub(super) new: u64,
-    pub(super) old: u64,
+    pub(super) new: Option<PfnRange>,
+    pub(super) old: PfnRange,
     /// Keeps the old page from being reused before the device has been notified, if it requires
     /// that.
     _kept: Option<PageRef>,
+    /// The block, which is free when this is dropped.
+    _block: Option<TakenBlock>,
+}
+
+impl Migration {
+    /// Returns how many pages (kernel pages) have left the balloon.
+    pub(super) fn vacated(&self) -> usize {
+        match self.new {
+            Some(_) => 0,
+            None => self.old.len() as usize,
+        }
+    }
 }
 
 /// Migrations that the device has to be notified of.
@@ -81,6 +100,8 @@ struct Inner {
     /// Migrations whose new pages the device knows, if any. `None` while they are part of a
     /// message.
     acked: Option<KVec<Migration>>,
+    /// The pages of blocks that have left the balloon, and are not free.
+    leaving: usize,
 }
 
 impl Inner {
@@ -93,6 +114,28 @@ impl Inner {
 
     fn is_settled(&self) -> bool {
         self.waiting.is_empty() && self.acked.as_ref().is_some_and(|acked| acked.is_empty())
+    }
+
+    /// Returns whether pages may leave the balloon.
+    fn may_leave(&self) -> bool {
+        self.allowed && self.guards == 0
+    }
+
+    /// Records a migration, and schedules the balloon's task if it is the first one.
+    ///
+    /// # Errors
+    ///
+    /// `EAGAIN` if too many are unreported.
+    fn record(&mut self, migration: Migration) -> Result {
+        let first = self.waiting.is_empty();
+
+        self.waiting
+            .push_within_capacity(migration)
+            .map_err(|_| EAGAIN)?;
+        if let Some(waker) = self.waker.as_ref().filter(|_| first) {
+            waker.schedule();
+        }
+        Ok(())
     }
 }
 
@@ -141,6 +184,7 @@ impl PendingMigrations {
                     waiting_new,
                     reporting,
                     acked,
+                    leaving: 0,
                 },
                 "PendingMigrations::inner"
             ),
@@ -154,6 +198,7 @@ impl PendingMigrations {
 
         inner.reporting.clear();
         inner.waiting_new.clear();
+        inner.leaving = 0;
         // Dropped after the lock was released. Without capacity there is no room for a migration.
         let _waiting = mem::take(&mut inner.waiting);
         let _acked = inner.acked.replace(KVec::new());
@@ -173,6 +218,7 @@ impl PendingMigrations {
         inner.terms = terms;
         inner.reporting.clear();
         inner.waiting_new.clear();
+        inner.leaving = 0;
         // The old content is freed without the lock.
         mem::swap(&mut inner.waiting, &mut waiting);
         mem::swap(&mut inner.acked, &mut acked);
@@ -202,6 +248,11 @@ impl PendingMigrations {
         self.inner.lock().is_settled()
     }
 
+    /// Returns how many kernel pages of blocks are neither in the balloon nor free.
+    pub(crate) fn leaving(&self) -> usize {
+        self.inner.lock().leaving
+    }
+
     /// Reports the new pages of the waiting migrations by `send`, if the device has acknowledged
     /// all of the previous ones. `send` returns the migrations if it fails.
     pub(super) fn report_new(
@@ -218,6 +269,11 @@ impl PendingMigrations {
             return false;
         };
         let waiting = mem::replace(&mut inner.waiting, acked);
+        // The device knows all new pages if there are none.
+        if waiting.iter().all(|this| this.new.is_none()) {
+            inner.acked = Some(waiting);
+            return false;
+        }
 
         // No message is in flight.
         mem::swap(&mut inner.waiting_new, &mut inner.reporting);
@@ -258,8 +314,14 @@ impl PendingMigrations {
 
     /// The device knows that the old pages of `migrations` have left the balloon.
     pub(crate) fn acknowledged_old(&self, mut migrations: KVec<Migration>) {
+        let freed: usize = migrations.iter().map(Migration::vacated).sum();
+
         migrations.clear();
-        self.inner.lock().acked = Some(migrations);
+        let mut inner = self.inner.lock();
+        // The device may have been reset since the caller took the message.
+        inner.leaving = inner.leaving.saturating_sub(freed);
+        inner.acked = Some(migrations);
+        drop(inner);
         self.timeout.progress();
     }
 }
@@ -274,37 +336,32 @@ impl MigratePage for PendingMigrations {
         let mut inner = self.inner.lock();
 
         // A page that has no number in the protocol cannot be in the balloon.
-        if !inner.terms.can_describe(new) {
-            return Err(EOVERFLOW);
-        }
+        let range = PfnRange::new(new, 1).filter(|_| inner.terms.can_describe(new));
+        let (new_range, old_range) = (range.ok_or(EOVERFLOW)?, old.pfns().ok_or(EOVERFLOW)?);
 
         // The device must see the inflate of the old page before its deflate. If the new page was
         // in the balloon before, the device must see its deflate before its next inflate.
         let is_awaited = is_last && inner.terms.notify_first();
-        if !inner.allowed
+        if !inner.may_leave()
             || is_awaited && !may_sleep
-            || inner.guards > 0
             || inner.is_new(old.pfn())
-            || inner.waiting.iter().any(|this| this.old == new)
+            || inner.waiting.iter().any(|this| this.old == new_range)
         {
             return Err(EAGAIN);
         }
 
         let this = Migration {
-            new,
-            old: old.pfn(),
+            new: Some(new_range),
+            old: old_range,
             _kept: inner.terms.notify_first().then(|| old.keep()),
+            _block: None,
         };
-        let first = inner.waiting.is_empty();
-        let result = inner.waiting.push_within_capacity(this).map_err(|_| EAGAIN);
+        let result = inner.record(this);
         if result.is_ok() {
             let place = inner.waiting_new.partition_point(|&pfn| pfn < new);
 
             // There is room for the maximum number of waiting migrations.
             let _ = inner.waiting_new.insert_within_capacity(place, new);
-        }
-        if let Some(waker) = inner.waker.as_ref().filter(|_| first) {
-            waker.schedule();
         }
         drop(inner);
 
@@ -317,6 +374,32 @@ impl MigratePage for PendingMigrations {
         }
 
         result
+    }
+
+    fn vacate(&self, block: &mut OldBlock<'_>) {
+        let mut inner = self.inner.lock();
+        let may_leave = inner.may_leave() && inner.waiting.len() < inner.waiting.capacity();
+        let taken = block.pfns().filter(|_| may_leave);
+
+        if let Some((old, block)) = taken.zip(taken.and_then(|_| block.take())) {
+            inner.leaving += old.len() as usize;
+            // There is room.
+            let _ = inner.record(Migration {
+                new: None,
+                old,
+                _kept: None,
+                _block: Some(block),
+            });
+        }
+        drop(inner);
+
+        match taken {
+            // The kernel's caller then checks whether the memory is free.
+            Some(_) => {
+                self.timeout.poll(|| self.is_settled().then_some(()));
+            }
+            None => fsleep(timeouts::MIGRATION_RETRY),
+        }
     }
 
     /// Releases the workqueue of the balloon's task: no other one may have its name.

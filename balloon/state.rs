@@ -266,9 +266,14 @@ impl Balloon {
 
     /// Returns the balloon's size in kernel pages. Pages that the guest cannot use yet count.
     pub(crate) fn size(&self) -> usize {
-        let leaving = self.deflate.lock().leaving();
+        self.pages.len() + self.leaving()
+    }
 
-        self.pages.len() + leaving
+    /// Returns how many kernel pages are neither in the balloon nor free.
+    pub(super) fn leaving(&self) -> usize {
+        let deflating = self.deflate.lock().leaving();
+
+        deflating + self.migrations().leaving()
     }
 
     /// Returns why the balloon is smaller than the target, as a number of the protocol.
@@ -373,7 +378,7 @@ impl Balloon {
     /// Returns whether the balloon's size depends on unacknowledged messages. Pages that the guest
     /// cannot use yet count as being in the balloon.
     pub(super) fn is_changing(&self, worker: &Worker) -> bool {
-        worker.inflate.in_flight() > 0 || self.deflate.lock().leaving() > 0
+        worker.inflate.in_flight() > 0 || self.leaving() > 0
     }
 
     /// Reports the balloon's size, and the stop reason with `step`, if they have changed. For when

@@ -27,7 +27,7 @@ impl Show for Task<Balloon> {
         writeln!(f, "target {target}")?;
         writeln!(f, "held {}", self.pages.len())?;
         writeln!(f, "inflating {}", worker.inflate.in_flight())?;
-        writeln!(f, "deflating {}", self.deflate.lock().leaving())?;
+        writeln!(f, "deflating {}", self.leaving())?;
         if let Some(offliner) = &self.offliner {
             writeln!(f, "memory_blocks {}", offliner.blocks())?;
         }

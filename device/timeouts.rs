@@ -48,8 +48,7 @@ pub(crate) const MIGRATION_RETRY: Delta = Delta::from_micros(200);
 /// thread waits.
 pub(crate) const MIGRATION_AT_END: Delta = Delta::from_millis(2_000);
 
-/// How long memory offlining waits for the device: for the messages and the report in flight, and
-/// then for those about the blocks that leave the balloon.
+/// How long memory offlining waits for the device: for the messages and the report in flight.
 pub(crate) const GOING_OFFLINE: Delta = Delta::from_millis(2_000);
 
 /// The interval at which a task polls for used buffers without an interrupt.

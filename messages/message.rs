@@ -222,7 +222,7 @@ pub(crate) struct MessageQueue<M> {
     /// Buffers that are not in use.
     spare: KVec<Message>,
     /// Space to sort migrations.
-    sorted: KVec<u64>,
+    sorted: KVec<PfnRange>,
     /// How many messages were sent without a notification.
     unnotified: usize,
     /// How many messages the device has used since the beginning.
@@ -388,7 +388,7 @@ impl<M> MessageQueue<M> {
             .map_err(|_| EAGAIN)
     }
 
-    /// Sends a message about one page of each of `migrations`, which `pfn` returns.
+    /// Sends a message about the pages that `pfns` returns for each of `migrations`.
     ///
     /// # Errors
     ///
@@ -396,17 +396,17 @@ impl<M> MessageQueue<M> {
     pub(crate) fn send_migrations(
         &mut self,
         migrations: KVec<M>,
-        pfn: impl Fn(&M) -> u64,
+        pfns: impl Fn(&M) -> Option<PfnRange>,
     ) -> Result<(), KVec<M>> {
         let mut sorted = core::mem::replace(&mut self.sorted, KVec::new());
-        for pfn in migrations.iter().map(pfn) {
-            let place = sorted.partition_point(|&this| this < pfn);
+        for range in migrations.iter().filter_map(pfns) {
+            let place = sorted.partition_point(|this: &PfnRange| this.first() < range.first());
 
             // There is room for the maximum number of waiting migrations.
-            let _ = sorted.insert_within_capacity(place, pfn);
+            let _ = sorted.insert_within_capacity(place, range);
         }
 
-        let message = self.write(&mut Sorted(&sorted));
+        let message = self.write(&mut Sorted::new(&sorted));
         sorted.clear();
         self.sorted = sorted;
 

@@ -45,16 +45,32 @@ impl Ranges for Option<PfnRange> {
     }
 }
 
-/// Pages that are in order.
-pub(crate) struct Sorted<'a>(pub(crate) &'a [u64]);
+/// Ranges that are in order.
+pub(crate) struct Sorted<'a> {
+    first: Option<PfnRange>,
+    rest: &'a [PfnRange],
+}
+
+impl<'a> Sorted<'a> {
+    /// Makes one of `ranges`, which must be in order.
+    pub(crate) fn new(ranges: &'a [PfnRange]) -> Self {
+        Self {
+            first: ranges.first().copied(),
+            rest: ranges.get(1..).unwrap_or_default(),
+        }
+    }
+}
 
 impl Ranges for Sorted<'_> {
     fn first(&mut self) -> Option<PfnRange> {
-        PfnRange::new(*self.0.first()?, 1)
+        self.first
     }
 
     fn advance(&mut self, pages: u64) {
-        self.0 = self.0.get(pages as usize..).unwrap_or_default();
+        self.first.advance(pages);
+        if self.first.is_none() {
+            *self = Self::new(self.rest);
+        }
     }
 
     fn are_one_message(&self) -> bool {

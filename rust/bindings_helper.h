@@ -22,6 +22,7 @@ const gfp_t RUST_CONST_HELPER_GFP_HIGHUSER_MOVABLE = GFP_HIGHUSER_MOVABLE;
 /* Offsets of these in struct page: bindgen's names for its unions are not stable. */
 const size_t RUST_CONST_HELPER_PAGE_LRU_OFFSET = offsetof(struct page, lru);
 const size_t RUST_CONST_HELPER_PAGE_MAPPING_OFFSET = offsetof(struct page, mapping);
+const size_t RUST_CONST_HELPER_PAGE_INDEX_OFFSET = offsetof(struct page, __folio_index);
 const size_t RUST_CONST_HELPER_PAGE_PRIVATE_OFFSET = offsetof(struct page, private);
 const size_t RUST_CONST_HELPER_PAGE_TYPE_OFFSET = offsetof(struct page, page_type);
 const size_t RUST_CONST_HELPER_PAGE_REFCOUNT_OFFSET = offsetof(struct page, _refcount);

@@ -136,12 +136,16 @@ void rust_helper_set_pages_offline(struct page *page, unsigned int order)
 		__SetPageOffline(page);
 }
 
-/* Returns whether one of them has a memory error. */
+/*
+ * The first page keeps its mark until it is freed, as the pages of the balloon core do. Returns
+ * whether one of the pages has a memory error.
+ */
 bool rust_helper_clear_pages_offline(struct page *page, unsigned int order)
 {
-	bool has_error = false;
+	struct page *end = page + (1UL << order);
+	bool has_error = PageHWPoison(page);
 
-	for (struct page *end = page + (1UL << order); page < end; page++) {
+	while (++page < end) {
 		has_error |= PageHWPoison(page);
 		__ClearPageOffline(page);
 	}
@@ -164,8 +168,7 @@ struct file *rust_helper_filp_open_as_init(const char *path, int flags)
 /* A balloon whose pages Rust migrates. */
 struct balloon_rs_info {
 	struct balloon_dev_info core;
-	int (*migrate)(struct balloon_rs_info *info, struct page *new, struct page *old,
-		       bool may_sleep);
+	int (*migrate)(struct balloon_rs_info *info, struct page *new, struct page *old, int mode);
 };
 
 /*
@@ -177,5 +180,5 @@ int rust_helper_migrate_balloon_page(struct balloon_dev_info *core, struct page 
 {
 	struct balloon_rs_info *info = container_of(core, struct balloon_rs_info, core);
 
-	return info->migrate(info, new, old, mode != MIGRATE_ASYNC);
+	return info->migrate(info, new, old, mode);
 }

@@ -15,7 +15,7 @@
 /* The reason of a deflate. */
 #define BALLOON_RS_TARGET		0
 #define BALLOON_RS_OUT_OF_MEMORY	1
-#define BALLOON_RS_GOING_OFFLINE	2
+#define BALLOON_RS_ISOLATED		2
 
 /* Pages were sent to the device, which has not used the message yet. */
 TRACE_EVENT(virtio_balloon_rs_inflate,
@@ -50,7 +50,7 @@ TRACE_EVENT(virtio_balloon_rs_deflate,
 		  __print_symbolic(__entry->reason,
 				   { BALLOON_RS_TARGET, "target" },
 				   { BALLOON_RS_OUT_OF_MEMORY, "out-of-memory" },
-				   { BALLOON_RS_GOING_OFFLINE, "going-offline" }))
+				   { BALLOON_RS_ISOLATED, "isolated" }))
 );
 
 /* The host has made a request. */

@@ -21,8 +21,8 @@ pub(crate) enum Reason {
     Target,
     /// The guest has run out of memory.
     OutOfMemory,
-    /// Their memory goes offline.
-    GoingOffline,
+    /// The kernel has isolated their memory.
+    Isolated,
 }
 
 /// `pages` kernel pages left the balloon of `virtio<device>`.
@@ -30,7 +30,7 @@ pub(crate) fn deflate(device: u32, pages: usize, reason: Reason) {
     let reason = match reason {
         Reason::Target => bindings::BALLOON_RS_TARGET,
         Reason::OutOfMemory => bindings::BALLOON_RS_OUT_OF_MEMORY,
-        Reason::GoingOffline => bindings::BALLOON_RS_GOING_OFFLINE,
+        Reason::Isolated => bindings::BALLOON_RS_ISOLATED,
     };
 
     bindings::rust_do_trace_virtio_balloon_rs_deflate(device, pages, reason);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Vacating memory that is taken offline.
+//! Letting the kernel take memory offline: it migrates the balloon's pages.
 
 #![forbid(unsafe_code)]
 
@@ -26,9 +26,9 @@ use crate::{
 use kernel::prelude::*;
 
 impl GoingOffline for Task<Balloon> {
-    /// Deflates the blocks that lie there; the kernel migrates order-0 pages. The balloon then
-    /// inflates elsewhere.
-    fn going_offline(&self, pfns: PfnRange) -> Result {
+    /// Waits until the device has acknowledged all messages, so that the kernel can migrate all of
+    /// the balloon there.
+    fn going_offline(&self, _pfns: PfnRange) -> Result {
         let mut worker = self.worker.lock();
 
         if let Some(offliner) = &self.offliner {
@@ -52,25 +52,11 @@ impl GoingOffline for Task<Balloon> {
         })
         .ok_or(EBUSY)?;
 
-        let before = self.pages.len();
         // The task has ended, and no page is migrated any more.
-        if before > 0 && (worker.error.is_some() || self.is_broken(&worker)) {
-            return Err(EBUSY);
+        let has_ended = worker.error.is_some() || self.is_broken(&worker);
+        match has_ended && self.pages.len() > 0 {
+            true => Err(EBUSY),
+            false => Ok(()),
         }
-        let all = deflate::vacate(&self.deflate, &self.pages, &mut worker.batch, pfns);
-        if self.pages.len() == before {
-            return all.then_some(()).ok_or(EBUSY);
-        }
-
-        let acknowledged = poll_timeout(timeouts::GOING_OFFLINE, || {
-            deflate::is_acknowledged(&self.deflate, &self.pages).then_some(())
-        });
-        if acknowledged.is_some() {
-            self.queue_used();
-        }
-        drop(worker);
-
-        self.schedule();
-        (all && acknowledged.is_some()).then_some(()).ok_or(EBUSY)
     }
 }

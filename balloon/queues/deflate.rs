@@ -35,7 +35,6 @@ use crate::{
                 page_list::PageList,
                 range_stack::RangeStack, //
             },
-            pfn_range::PfnRange, //
         },
         trace::{
             self,
@@ -210,7 +209,7 @@ pub(crate) fn release(
 ) -> usize {
     let terms = deflate.lock().terms;
     let notify_first = match reason {
-        Reason::Target | Reason::GoingOffline => terms.notify_first(),
+        Reason::Target | Reason::Isolated => terms.notify_first(),
         Reason::OutOfMemory => terms.notify_first_out_of_memory(),
     };
     let mut dequeue = Dequeue {
@@ -238,31 +237,6 @@ pub(crate) fn release(
     balloon.insert(dequeue.unknown);
     trace(deflate, released, reason);
     released
-}
-
-/// Takes the blocks in `pfns` out of `balloon`. They are freed when the device has used their
-/// message. Returns whether all could be sent.
-pub(crate) fn vacate(
-    deflate: &SpinLock<Deflate>,
-    balloon: &BalloonPages<PendingMigrations>,
-    batch: &mut Batch,
-    pfns: PfnRange,
-) -> bool {
-    let mut blocks = balloon.take_blocks(pfns);
-    let mut all = true;
-    let mut reported = 0;
-
-    while all && !blocks.is_empty() {
-        batch.add(&mut blocks);
-        let pages = batch.pages();
-        let sent = report(deflate, balloon, batch);
-        reported += sent;
-        all = sent == pages;
-    }
-
-    balloon.insert(blocks);
-    trace(deflate, reported, Reason::GoingOffline);
-    all
 }
 
 /// Traces that `pages` kernel pages left the balloon, if there are any.

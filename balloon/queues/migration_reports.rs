@@ -4,11 +4,20 @@
 
 #![forbid(unsafe_code)]
 
-use crate::balloon::{
-    migration::PendingMigrations,
-    queues::{
-        deflate::Deflate,
-        inflate::Inflate, //
+use crate::{
+    balloon::{
+        migration::{
+            Migration,
+            PendingMigrations, //
+        },
+        queues::{
+            deflate::Deflate,
+            inflate::Inflate, //
+        }, //
+    },
+    rust::trace::{
+        self,
+        Reason, //
     }, //
 };
 
@@ -41,12 +50,19 @@ fn send_new(migrations: &PendingMigrations, inflate: &mut Inflate, deflate: &Spi
 
 fn send_old(migrations: &PendingMigrations, deflate: &SpinLock<Deflate>) {
     let mut deflate = deflate.lock();
-    let can_send = deflate.queue.room() > 0;
+    let mut vacated = 0;
+    let is_sent = deflate.queue.room() > 0
+        && migrations.report_old(|migrations| {
+            vacated = migrations.iter().map(Migration::vacated).sum();
+            deflate
+                .queue
+                .send_migrations(migrations, |this| Some(this.old))
+        });
 
-    if can_send
-        && migrations
-            .report_old(|migrations| deflate.queue.send_migrations(migrations, |this| this.old))
-    {
+    if is_sent {
         deflate.queue.notify();
+    }
+    if is_sent && vacated > 0 {
+        trace::deflate(deflate.queue.device(), vacated, Reason::Isolated);
     }
 }

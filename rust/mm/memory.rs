@@ -340,6 +340,14 @@ pub(super) fn count_ballooned(page: Page, pages: c_long, inflated: bool) {
     }
 }
 
+/// No longer counts the page as being in a balloon, without an event.
+pub(super) fn forget_ballooned(page: Page) {
+    let item = bindings::node_stat_item_NR_BALLOON_PAGES;
+
+    // SAFETY: The page is on a node.
+    unsafe { bindings::mod_node_page_state(bindings::NODE_DATA(page.nid() as c_int), item, -1) };
+}
+
 /// Sets a watermark boost of `pages` kernel pages in each zone.
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) fn boost(pages: usize) {

@@ -5,10 +5,7 @@
 //! C headers: [`include/linux/nodemask.h`](srctree/include/linux/nodemask.h),
 //! [`include/linux/mmzone.h`](srctree/include/linux/mmzone.h)
 
-use crate::rust::{
-    bindings,
-    mm::pfn_range::PfnRange, //
-};
+use crate::rust::bindings;
 
 use kernel::prelude::*;
 
@@ -156,14 +153,6 @@ impl Node {
     /// Returns a counter of the node.
     fn counter(self, item: bindings::node_stat_item) -> usize {
         count(read!(self, vm_stat[item as usize]))
-    }
-
-    /// Returns its range of kernel pages, none if it has no memory. Parts of it may belong to other
-    /// nodes, or to none.
-    pub(in crate::rust) fn span(self) -> Option<PfnRange> {
-        let first = read!(self, node_start_pfn) as u64;
-
-        PfnRange::new(first, read!(self, node_spanned_pages) as u64)
     }
 
     /// Returns how many kernel pages there are.

@@ -499,19 +499,19 @@ fn moved(features: &[FeatureBit]) -> Result {
     compare(&host)
 }
 
-/// Allocates each pageblock that is full of the balloon, on a device that uses messages at once.
-/// Returns their number.
+/// Allocates each block of `pages` kernel pages that is full of the balloon, on a device that uses
+/// messages at once. Returns their number.
 ///
 /// # Errors
 ///
 /// The kernel's error if one cannot be allocated at the first attempt.
-fn take_out_page_blocks(features: &[FeatureBit]) -> Result<usize> {
-    let pages = 1 << pageblock_order();
-    let host = movable(features)?;
+fn take_out_blocks(host: &Host, pages: usize) -> Result<usize> {
     let mut taken = 0;
 
     host.device.answer_all(true);
-    for first in consecutive(&host, pages) {
+    for first in consecutive(host, pages) {
+        // The balloon inflates elsewhere after a block has left.
+        wait_runs(&host.device)?;
         let begin = Instant::<Monotonic>::now();
 
         match PageList::alloc_range(first, pages) {
@@ -1163,9 +1163,50 @@ mod tests {
     #[test]
     fn a_pageblock_is_free_as_soon_as_its_last_page_was_migrated() -> Result {
         for features in [&[FeatureBit::VERSION_1, F_MUST_TELL_HOST][..], &PAGE_SETS] {
-            assert!(take_out_page_blocks(features)? > 1);
+            assert!(take_out_blocks(&movable(features)?, 1 << pageblock_order())? > 1);
         }
         Ok(())
+    }
+
+    #[test]
+    fn a_block_is_free_as_soon_as_its_memory_is_needed() -> Result {
+        let mut host = Host::new(&PAGE_SETS)?;
+
+        host.resize(BLOCKS * BLOCK, BLOCKS * BLOCK)?;
+        assert_eq!(take_out_blocks(&host, 1 << MAX_ORDER)?, BLOCKS as usize);
+        host.device.change(NUM_PAGES, 0);
+        reaches(&host.device, 0)
+    }
+
+    #[test]
+    fn a_block_is_not_free_before_the_device_has_answered() -> Result {
+        let mut host = Host::new(&PAGE_SETS)?;
+        host.resize(BLOCKS * BLOCK, BLOCKS * BLOCK)?;
+        wait_runs(&host.device)?;
+
+        let first = consecutive(&host, 1 << MAX_ORDER).next().ok_or(ENOENT)?;
+        assert!(PageList::alloc_range(first, 1 << MAX_ORDER).is_err());
+        let request = message(&host.device, DEFLATE)?;
+        let pfns = listed_pfns(&host.device, DEFLATE, &request)?;
+        assert_eq!(pfns.len(), BLOCK as usize);
+        assert_eq!(
+            pfns.first(),
+            Some(&((first * BALLOON_PAGES_PER_PAGE) as u32))
+        );
+        assert!(host.device.next(INFLATE)?.is_none());
+        assert_eq!(host.device.field(ACTUAL), BLOCKS * BLOCK);
+
+        // Then the balloon inflates elsewhere, perhaps with the same memory.
+        host.inflated.retain(|pfn| !pfns.contains(pfn));
+        host.device.answer(DEFLATE, &request, 0)?;
+        host.device.interrupt(DEFLATE)?;
+        let len = host.inflated.len() + BLOCK as usize;
+        eventually(|| {
+            serve(&host.device, INFLATE, &mut host.inflated)?;
+            Ok(host.inflated.len() == len)
+        })?;
+        host.resize(0, 0)?;
+        compare(&host)
     }
 
     #[test]

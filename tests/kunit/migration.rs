@@ -24,7 +24,8 @@ use crate::{
                 MigratePage,
                 OldPage, //
             },
-            pages::page_list::PageList, //
+            pages::page_list::PageList,
+            pfn_range::PfnRange, //
         },
         virtio_balloon::page_set,
         work::task::{
@@ -201,13 +202,16 @@ mod tests {
         const STEP: usize = page_sets::WORDS_PER_MESSAGE * u64::BITS as usize / 2;
         let mut pages = KVec::new();
         for n in 0..MIGRATIONS_PER_MESSAGE {
-            pages.push((n * STEP) as u64, GFP_KERNEL)?;
+            pages.push(
+                PfnRange::new((n * STEP) as u64, 1).ok_or(EINVAL)?,
+                GFP_KERNEL,
+            )?;
         }
 
         let alone = Encoding::ALL.map(Encodings::only);
         for allowed in Iterator::chain([Encodings::ALL].into_iter(), alone) {
             let mut message = KVec::with_capacity(page_sets::WORDS_PER_MESSAGE, GFP_KERNEL)?;
-            let mut migrations = Sorted(&pages);
+            let mut migrations = Sorted::new(&pages);
 
             let listed =
                 page_sets::write(&mut message, page_set::INFLATE, 0, allowed, &mut migrations);

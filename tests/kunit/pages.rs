@@ -10,6 +10,7 @@ use crate::{
                 node_pages::ByOrder,
                 replace::{
                     MigratePage,
+                    OldBlock,
                     OldPage, //
                 }, //
             },
@@ -102,6 +103,22 @@ impl MigratePage for Fixed {
 
     fn replace(&self, _old: &OldPage<'_>, _new: u64, _may_sleep: bool) -> Result {
         Err(EAGAIN)
+    }
+}
+
+/// Blocks leave at once.
+struct Vacated;
+
+impl MigratePage for Vacated {
+    const END_TIMEOUT: Delta = timeouts::MIGRATION_AT_END;
+
+    fn replace(&self, _old: &OldPage<'_>, _new: u64, _may_sleep: bool) -> Result {
+        Err(EAGAIN)
+    }
+
+    fn vacate(&self, block: &mut OldBlock<'_>) {
+        // The second attempt gets nothing.
+        drop((block.take(), block.take()));
     }
 }
 
@@ -356,27 +373,6 @@ mod tests {
     }
 
     #[test]
-    fn blocks_can_be_taken_by_address() -> Result {
-        const LEN: usize = 1 << MAX_ORDER;
-
-        let balloon = balloon()?;
-        let mut batch = gather(4, true)?;
-        let first = batch.first().ok_or(ENOENT)?.first();
-        let below = PfnRange::between(0, first).ok_or(EINVAL)?;
-        let page = PfnRange::new(first, 1).ok_or(EINVAL)?;
-
-        balloon.insert(batch.take_all());
-        assert!(balloon.take_blocks(below).is_empty());
-        assert_eq!(balloon.take_blocks(page).len(), LEN);
-        assert_eq!(balloon.len(), 3 * LEN);
-        assert!(balloon.by_order() == held(0, 3));
-        assert_eq!(balloon.take_blocks(PfnRange::ALL).len(), 3 * LEN);
-        assert_eq!(balloon.len(), 0);
-        assert!(balloon.by_order() == held(0, 0));
-        Ok(())
-    }
-
-    #[test]
     fn a_list_is_split_at_any_page() {
         const LEN: usize = 1 << MAX_ORDER;
 
@@ -393,50 +389,38 @@ mod tests {
         }
     }
 
+    #[cfg(all(CONFIG_CONTIG_ALLOC, CONFIG_BALLOON_MIGRATION))]
     #[test]
-    fn blocks_are_found_among_blocks_of_others() -> Result {
+    fn a_block_leaves_when_its_memory_is_needed() -> Result {
         const LEN: usize = 1 << MAX_ORDER;
-        let (one, other) = (balloon()?, balloon()?);
-        // Marked like the others, and in no balloon.
-        let mut batch = gather(9, true)?;
-        let mut some = PageList::new();
+        let (fixed, balloon) = (balloon()?, BalloonPages::new(true, Ok(Vacated))?);
+        let (total, ballooned) = (memory::total_pages(), memory::ballooned_pages());
+        let first = |batch: &mut Batch| batch.first().ok_or(ENOENT);
+        let alloc = |pfns: PfnRange| PageList::alloc_range(pfns.first() as usize, LEN);
 
-        for n in 0..6 {
-            batch.take_first(&mut some);
-            let balloon = if n % 2 == 0 { &one } else { &other };
-            balloon.insert(core::mem::replace(&mut some, PageList::new()));
-        }
-        one.insert(block(MAX_ORDER)?);
+        let mut batch = gather(2, true)?;
+        let (pfns, mut some) = (first(&mut batch)?, PageList::new());
+        batch.take_first(&mut some);
+        balloon.insert(some);
+        let other = first(&mut batch)?;
+        fixed.insert(batch.take_all());
 
-        // From the middle, the end and the beginning of the list.
-        let taken = one.take_blocks(PfnRange::ALL);
-        assert_eq!(taken.len(), 3 * LEN);
-        assert!(one.by_order() == held(LEN, 0));
-        assert!(other.by_order() == held(0, 3));
-        assert_eq!(batch.blocks(), 3);
+        // Nothing else may be in the way, but the kernel may look at a page for a moment.
+        let mut taken = None;
+        eventually(|| {
+            taken = alloc(pfns).ok();
+            Ok(taken.is_some())
+        })?;
+        assert!(alloc(other).is_err());
+        assert_eq!(balloon.len(), 0);
+        assert!(balloon.by_order() == held(0, 0));
+        assert!(fixed.by_order() == held(0, 1));
+        assert_eq!(memory::ballooned_pages(), ballooned + LEN);
+        assert_eq!(memory::total_pages(), total - LEN);
 
-        // The balloon does not find pages that have left it.
-        drop(taken);
-        assert!(one.take_blocks(PfnRange::ALL).is_empty());
-        assert_eq!(
-            other.take(usize::MAX, usize::MAX, &NodeSet::all()).len(),
-            3 * LEN
-        );
-        Ok(())
-    }
-
-    #[test]
-    fn blocks_are_split_inside_the_balloon() -> Result {
-        const LEN: usize = 1 << MAX_ORDER;
-        let balloon = balloon()?;
-        let ballooned = memory::ballooned_pages();
-
-        balloon.insert(blocks(3)?);
-        assert!(balloon.split_blocks(2 * LEN));
-        assert!(balloon.by_order() == held(2 * LEN, 1));
-        assert!(!balloon.split_blocks(usize::MAX));
-        assert!(balloon.by_order() == held(3 * LEN, 0));
-        assert_eq!(memory::ballooned_pages(), ballooned + 3 * LEN);
+        drop((taken, fixed));
+        assert_eq!(memory::ballooned_pages(), ballooned);
+        assert_eq!(memory::total_pages(), total);
         Ok(())
     }
 

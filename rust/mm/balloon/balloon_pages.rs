@@ -18,8 +18,7 @@ use crate::rust::{
         pages::{
             page::MAX_ORDER,
             page_list::PageList, //
-        },
-        pfn_range::PfnRange, //
+        }, //
     },
     work::{
         poll::poll_timeout,
@@ -164,18 +163,6 @@ impl<R: MigratePage> BalloonPages<R> {
         let blocks = (max >> MAX_ORDER).max(1);
 
         (0..blocks).all(|_| self.nodes.iter().any(|node| node.split_block()))
-    }
-
-    /// Takes all blocks out of the balloon that begin in `pfns`.
-    pub(crate) fn take_blocks(&self, pfns: PfnRange) -> PageList {
-        let mut taken = PageList::new();
-
-        for (node, pages) in self.filled(&NodeSet::all()) {
-            if let Some(there) = node.span().and_then(|span| span.intersection(pfns)) {
-                pages.take_blocks(there, &mut taken);
-            }
-        }
-        taken
     }
 }
 

@@ -2,11 +2,14 @@
 
 //! The pages of one node that are in the balloon.
 //!
-//! The kernel's balloon core holds order-0 pages. It does the accounting (`NR_BALLOON_PAGES`, the
-//! inflate and deflate events), marks the pages offline, and makes them movable. Blocks need not be
-//! movable, and are held here, with the same accounting. The core could also adjust the zones'
-//! numbers of managed pages. But it would do so for each page, and the kernel computes its reserves
-//! again each time.
+//! The kernel's balloon core holds them: order-0 pages on one list, and the first pages of blocks
+//! on another one. It marks the pages on its lists as offline, makes them movable, and does the
+//! accounting (`NR_BALLOON_PAGES`, the inflate and deflate events). For the other pages of a block
+//! the driver does the same. The core could also adjust the zones' numbers of managed pages. But it
+//! would do so for each page, and the kernel computes its reserves again each time.
+//!
+//! The kernel looks at the first page of a block only, since the others have no reference. When it
+//! migrates the first page out of an isolated pageblock, the whole block leaves the balloon.
 //!
 //! C header: [`include/linux/balloon.h`](srctree/include/linux/balloon.h)
 
@@ -15,39 +18,37 @@ use crate::rust::{
     mm::{
         balloon::replace::{
             MigratePage,
+            OldBlock,
             OldPage, //
         },
         memory,
         pages::{
             owned::Block,
             page::{
-                pageblock_order,
                 Page,
-                MAX_ORDER,
-                ORDER_MASK, //
+                MAX_ORDER, //
             },
-            page_list::PageList, //
+            page_list::PageList,
+            ring::{
+                Linked,
+                Ring, //
+            }, //
         },
-        pfn_range::PfnRange, //
+        zone::Zone, //
     },
     work::poll::poll_timeout, //
 };
 
-use core::{
-    marker::PhantomData,
-    ptr, //
-};
+use core::marker::PhantomData;
 use kernel::{
     container_of,
-    new_spinlock,
     prelude::*,
     sync::{
         atomic::{
             Atomic,
             Relaxed, //
         },
-        Arc,
-        SpinLock, //
+        Arc, //
     },
     types::Opaque, //
 };
@@ -58,92 +59,35 @@ pub(crate) type ByOrder = [usize; MAX_ORDER as usize + 1];
 /// How many order-0 pages are taken out under one hold of the core's lock.
 const PAGES_PER_HOLD: usize = 512;
 
-/// Blocks of pages.
-///
-/// # Invariants
-///
-/// There are no order-0 pages in `list`, and as many blocks of each order as `by_order` says. Each
-/// has `owner` noted in its first page, and no other page has.
-struct Blocks {
-    list: PageList,
-    by_order: ByOrder,
-    owner: usize,
-}
+/// What the balloon core knows of a list of pages.
+type Info = Opaque<bindings::balloon_rs_info>;
 
-impl Blocks {
-    fn new() -> Self {
-        // INVARIANT: There are none.
-        Self {
-            list: PageList::new(),
-            by_order: [0; MAX_ORDER as usize + 1],
-            owner: 0,
-        }
-    }
-
-    /// Adds `block`.
-    fn push(&mut self, mut block: Block) {
-        // INVARIANT: One more.
-        block.set_owner(self.owner);
-        if let Some(blocks) = self.by_order.get_mut(block.order() as usize) {
-            *blocks += 1;
-        }
-        self.list.push_block(block);
-    }
-
-    /// Takes the first block.
-    fn pop(&mut self) -> Option<Block> {
-        let block = self.list.pop_block()?;
-
-        Some(self.disown(block))
-    }
-
-    /// Takes the block that begins at the page frame number `pfn`, if there is one.
-    fn take_at(&mut self, pfn: usize) -> Option<Block> {
-        // Other drivers' pages may be marked as well: the value is meaningless then.
-        let page = Page::online(pfn).filter(|page| page.is_offline())?;
-        let private = page.private();
-        if private & !ORDER_MASK != self.owner || private & ORDER_MASK == 0 {
-            return None;
-        }
-
-        // SAFETY: By the type invariants the page begins one of these blocks.
-        let block = unsafe { self.list.remove_block(page) }?;
-        Some(self.disown(block))
-    }
-
-    /// `block` has left the list.
-    fn disown(&mut self, mut block: Block) -> Block {
-        // INVARIANT: One less.
-        block.set_owner(0);
-        if let Some(blocks) = self.by_order.get_mut(block.order() as usize) {
-            *blocks -= 1;
-        }
-        block
-    }
-}
+/// The kernel's handler of page migration for a list.
+type Migrate = unsafe extern "C" fn(
+    *mut bindings::balloon_rs_info,
+    *mut bindings::page,
+    *mut bindings::page,
+    c_int,
+) -> c_int;
 
 /// Pages of one node that are in the balloon. The kernel may migrate them if `R` agrees: pages that
 /// it migrates to other nodes stay here.
 ///
 /// Lock order: the core takes its `balloon_pages_lock`, a spinlock, inside all of these functions.
-/// It only changes the zones' counters under it. The same holds for the lock of `blocks`.
+/// It only changes the zones' counters under it.
 ///
 /// # Invariants
 ///
-/// `info` is initialised, and `base_pages` pages are on its list or isolated from it for migration.
-/// The owner of `blocks` is the address of this.
-//
-// The alignment leaves room for an order in the address. The core stores the address of `info` in
-// order-0 pages: at the start of the struct this is an owner with an order of 0, which no block
-// has.
-#[repr(C, align(64))]
+/// Both lists are initialised. There are as many blocks of each order as `by_order` says: order-0
+/// pages on the list of `base`, and the first pages of blocks on that of `blocks`, or isolated from
+/// these for migration. Each of these pages stores the order. All pages of a block are marked.
 #[pin_data(PinnedDrop)]
 pub(in crate::rust::mm) struct NodePages<R: MigratePage> {
     #[pin]
-    info: Opaque<bindings::balloon_rs_info>,
-    base_pages: Atomic<usize>,
+    base: Info,
     #[pin]
-    blocks: SpinLock<Blocks>,
+    blocks: Info,
+    by_order: [Atomic<usize>; MAX_ORDER as usize + 1],
     adjust_managed: bool,
     replace: Arc<R>,
 }
@@ -151,8 +95,61 @@ pub(in crate::rust::mm) struct NodePages<R: MigratePage> {
 // SAFETY: The pages are not tied to a thread.
 unsafe impl<R: MigratePage> Send for NodePages<R> {}
 
-// SAFETY: The core guards `info` with its lock.
+// SAFETY: The core guards its lists with its lock.
 unsafe impl<R: MigratePage> Sync for NodePages<R> {}
+
+/// Returns an initialiser for an empty list, whose pages `migrate` migrates.
+fn empty(migrate: Migrate) -> impl PinInit<Info, Error> {
+    Opaque::try_ffi_init(move |slot: *mut bindings::balloon_rs_info| {
+        // SAFETY: `slot` is valid for writes, and stays where it is.
+        unsafe {
+            let pages = &raw mut (*slot).core.pages;
+
+            slot.write(bindings::balloon_rs_info {
+                core: bindings::balloon_dev_info {
+                    isolated_pages: 0,
+                    pages: bindings::list_head {
+                        next: pages,
+                        prev: pages,
+                    },
+                    migratepage: Some(bindings::migrate_balloon_page),
+                    adjust_managed_page_count: false,
+                },
+                migrate: Some(migrate),
+            });
+        }
+        Ok(())
+    })
+}
+
+/// Returns a pointer to the core's part of `info`.
+fn core(info: &Info) -> *mut bindings::balloon_dev_info {
+    // SAFETY: This only computes an address within `info`.
+    unsafe { &raw mut (*info.get()).core }
+}
+
+/// Puts all of `ring` on a list, under the core's lock, with interrupts disabled.
+fn enqueue<T: Linked>(info: &Info, ring: &mut Ring<T>) {
+    // SAFETY: The function takes all pages off the ring, each with its reference, as the core
+    // requires.
+    unsafe {
+        ring.with_head(|head| {
+            bindings::balloon_page_list_enqueue(core(info), head);
+            0
+        })
+    };
+}
+
+/// Takes up to `max` pages off a list, and puts them on `ring`, which must be empty.
+///
+/// # Safety
+///
+/// The pages on the list must come from a `T`.
+unsafe fn dequeue<T: Linked>(info: &Info, ring: &mut Ring<T>, max: usize) {
+    // SAFETY: The function puts pages that were on the core's list, with their references, on this
+    // one and returns how many.
+    unsafe { ring.with_head(|head| bindings::balloon_page_list_dequeue(core(info), head, max)) };
+}
 
 impl<R: MigratePage> NodePages<R> {
     /// Makes an empty one.
@@ -164,63 +161,39 @@ impl<R: MigratePage> NodePages<R> {
         adjust_managed: bool,
         replace: Arc<R>,
     ) -> Result<Pin<KBox<Self>>> {
-        let this = KBox::pin_init(Self::init(adjust_managed, replace), GFP_KERNEL)?;
-
-        // INVARIANT: There are no blocks.
-        this.blocks.lock().owner = ptr::from_ref(&*this).addr();
-        Ok(this)
-    }
-
-    fn init(adjust_managed: bool, replace: Arc<R>) -> impl PinInit<Self, Error> {
-        // INVARIANT: An empty list has no pages.
-        try_pin_init!(Self {
-            info <- Opaque::ffi_init(|slot: *mut bindings::balloon_rs_info| {
-                // SAFETY: `slot` is valid for writes, and stays where it is.
-                unsafe {
-                    let pages = &raw mut (*slot).core.pages;
-
-                    slot.write(bindings::balloon_rs_info {
-                        core: bindings::balloon_dev_info {
-                            isolated_pages: 0,
-                            pages: bindings::list_head {
-                                next: pages,
-                                prev: pages,
-                            },
-                            migratepage: Some(bindings::migrate_balloon_page),
-                            adjust_managed_page_count: false,
-                        },
-                        migrate: Some(Self::migrate),
-                    });
-                }
-            }),
-            base_pages: Atomic::new(0),
-            blocks <- new_spinlock!(Blocks::new(), "NodePages::blocks"),
+        // INVARIANT: Empty lists have no pages.
+        let init = try_pin_init!(Self {
+            base <- empty(Self::migrate_page),
+            blocks <- empty(Self::migrate_block),
+            by_order: [const { Atomic::new(0) }; MAX_ORDER as usize + 1],
             adjust_managed,
             replace,
-        })
+        });
+
+        KBox::pin_init(init, GFP_KERNEL)
     }
 
-    /// What the balloon core knows of these pages.
-    fn core(&self) -> *mut bindings::balloon_dev_info {
-        // SAFETY: This only computes an address within `info`.
-        unsafe { &raw mut (*self.info.get()).core }
+    /// The number of blocks of an order.
+    fn count(&self, order: u32) -> &Atomic<usize> {
+        // The order of a block is not larger than the largest.
+        &self.by_order[order.min(MAX_ORDER) as usize]
     }
 
     /// # Safety
     ///
-    /// Only for `migrate_balloon_page`, which the balloon core calls with the `info` of a balloon
+    /// Only for `migrate_balloon_page`, which the balloon core calls with the `base` of a balloon
     /// that has pages, a page that it has isolated from there, and the page that is to replace it.
-    unsafe extern "C" fn migrate(
+    unsafe extern "C" fn migrate_page(
         info: *mut bindings::balloon_rs_info,
         new: *mut bindings::page,
         old: *mut bindings::page,
-        may_sleep: bool,
+        mode: c_int,
     ) -> c_int {
         // SAFETY: By the requirements of this function. A balloon that has pages has not been
         // dropped.
         let (this, old, new) = unsafe {
             (
-                &*container_of!(Opaque::cast_from(info), Self, info),
+                &*container_of!(Info::cast_from(info), Self, base),
                 Page::from_raw(old),
                 Page::from_raw(new),
             )
@@ -233,9 +206,14 @@ impl<R: MigratePage> NodePages<R> {
             page,
             _balloon: PhantomData,
         };
+        let may_sleep = mode != bindings::migrate_mode_MIGRATE_ASYNC as c_int;
 
         match this.replace.replace(&old, new.pfn() as u64, may_sleep) {
             Ok(()) => {
+                // INVARIANT: The core puts this page on the list.
+                //
+                // SAFETY: The core's caller owns the page until then.
+                unsafe { new.set_order(0) };
                 if this.adjust_managed && page.zone() != new.zone() {
                     memory::adjust_managed(page, 1);
                     memory::adjust_managed(new, -1);
@@ -246,58 +224,108 @@ impl<R: MigratePage> NodePages<R> {
         }
     }
 
+    /// # Safety
+    ///
+    /// Only for `migrate_balloon_page`, which the balloon core calls with the `blocks` of a balloon
+    /// that has pages, and a page that it has isolated from there.
+    unsafe extern "C" fn migrate_block(
+        info: *mut bindings::balloon_rs_info,
+        _new: *mut bindings::page,
+        old: *mut bindings::page,
+        mode: c_int,
+    ) -> c_int {
+        // SAFETY: By the requirements of this function. A balloon that has pages has not been
+        // dropped.
+        let (this, old) = unsafe {
+            (
+                &*container_of!(Info::cast_from(info), Self, blocks),
+                Page::from_raw(old),
+            )
+        };
+        // Compaction gains nothing: it tries to make such blocks.
+        let (Some(page), true) = (old, mode == bindings::migrate_mode_MIGRATE_SYNC as c_int) else {
+            return EAGAIN.to_errno();
+        };
+        if !Zone::of(page).is_isolating() {
+            return EAGAIN.to_errno();
+        }
+        // INVARIANT: The core has isolated the page, and keeps it until this function returns. It
+        // begins a block, which is in the balloon.
+        let mut block = OldBlock {
+            page,
+            order: page.order(),
+            is_taken: false,
+            count: this.count(page.order()),
+        };
+
+        this.replace.vacate(&mut block);
+        if !block.is_taken {
+            return EAGAIN.to_errno();
+        }
+        let pages = 1 << block.order;
+        if this.adjust_managed {
+            memory::adjust_managed(page, pages);
+        }
+        memory::count_ballooned(page, pages - 1, false);
+        // The core counts the event for this page, and leaves it in NR_BALLOON_PAGES.
+        memory::forget_ballooned(page);
+        ENOENT.to_errno()
+    }
+
     /// Adds the numbers of blocks of each order to `sums`, order-0 pages included.
     pub(in crate::rust::mm) fn add_by_order(&self, sums: &mut ByOrder) {
-        sums[0] += self.base_pages.load(Relaxed);
-        for (sum, blocks) in sums.iter_mut().zip(self.blocks.lock().by_order) {
-            *sum += blocks;
+        for (sum, blocks) in sums.iter_mut().zip(&self.by_order) {
+            *sum += blocks.load(Relaxed);
         }
     }
 
     /// Returns how many pages (kernel pages) there are.
     pub(in crate::rust::mm) fn len(&self) -> usize {
-        self.base_pages.load(Relaxed) + self.blocks.lock().list.len()
+        let orders = self.by_order.iter().enumerate();
+
+        orders
+            .map(|(order, blocks)| blocks.load(Relaxed) << order)
+            .sum()
     }
 
     /// Puts `pages` into the balloon.
     pub(in crate::rust::mm) fn insert(&self, mut pages: PageList) {
         // INVARIANT: That many pages are added to the list. Counted before, since they may be taken
         // at once.
-        self.base_pages.add(pages.base_pages(), Relaxed);
+        self.count(0).add(pages.base_pages(), Relaxed);
 
         self.account_base_pages(&pages, true);
         while pages.base_pages() > PAGES_PER_HOLD {
-            self.enqueue(&mut pages.take_base_pages(PAGES_PER_HOLD));
+            enqueue(
+                &self.base,
+                &mut pages.take_base_pages(PAGES_PER_HOLD).base_pages,
+            );
         }
-        self.enqueue(&mut pages);
+        enqueue(&self.base, &mut pages.base_pages);
 
         while let Some(block) = pages.pop_block() {
-            self.account(&block, true);
-            self.blocks.lock().push(block);
+            self.insert_block(block);
         }
     }
 
-    /// Puts all order-0 pages of `pages` on the core's list, under its lock, with interrupts
-    /// disabled.
-    fn enqueue(&self, pages: &mut PageList) {
-        // SAFETY: The function takes all order-0 pages off the list, each with its reference, as
-        // the core requires.
-        unsafe {
-            pages.base_pages.with_head(|head| {
-                bindings::balloon_page_list_enqueue(self.core(), head);
-                0
-            })
-        };
+    fn insert_block(&self, block: Block) {
+        let mut ring = Ring::new();
+
+        // INVARIANT: A block is added.
+        self.count(block.order()).add(1, Relaxed);
+        self.account(&block, true);
+        ring.push(block);
+        enqueue(&self.blocks, &mut ring);
     }
 
-    /// Accounts for a block as the core does for its pages.
+    /// Accounts for a block, except that the core counts its first page.
     fn account(&self, block: &Block, inflated: bool) {
         let pages = block.len() as c_long;
 
         if self.adjust_managed {
             memory::adjust_managed(block.page(), if inflated { -pages } else { pages });
         }
-        memory::count_ballooned(block.page(), pages, inflated);
+        memory::count_ballooned(block.page(), pages - 1, inflated);
     }
 
     /// Adjusts the zones' numbers of managed pages for all order-0 pages in `pages`.
@@ -322,8 +350,6 @@ impl<R: MigratePage> NodePages<R> {
             let Some(block) = self.pop_block(max - pages.len()) else {
                 break;
             };
-
-            self.account(&block, false);
             pages.push_block(block);
         }
         let max = max.min(max_blocks);
@@ -337,14 +363,26 @@ impl<R: MigratePage> NodePages<R> {
         pages
     }
 
-    /// Takes the first block off the list, if it has up to `max` pages.
+    /// Takes the first block out, if it has up to `max` pages.
     fn pop_block(&self, max: usize) -> Option<Block> {
-        let mut blocks = self.blocks.lock();
+        let mut ring = Ring::<Block>::new();
+        let mut orders = 1..=MAX_ORDER.min(max.checked_ilog2()?);
 
-        match blocks.list.first_block_len() {
-            Some(len) if len <= max => blocks.pop(),
-            _ => None,
+        if !orders.any(|order| self.count(order).load(Relaxed) > 0) {
+            return None;
         }
+        // SAFETY: By the type invariants these are the first pages of blocks.
+        unsafe { dequeue(&self.blocks, &mut ring, 1) };
+        let block = ring.pop()?;
+        if block.len() > max {
+            ring.push(block);
+            enqueue(&self.blocks, &mut ring);
+            return None;
+        }
+        // INVARIANT: A block has left.
+        self.count(block.order()).fetch_sub(1, Relaxed);
+        self.account(&block, false);
+        Some(block)
     }
 
     /// Takes up to `max` order-0 pages out, limited by the time for which the core's lock may be
@@ -353,16 +391,11 @@ impl<R: MigratePage> NodePages<R> {
         let mut pages = PageList::new();
         let max = max.min(PAGES_PER_HOLD);
 
-        // SAFETY: The function puts pages that were on the core's list, with their references, on
-        // this one and returns how many.
-        unsafe {
-            pages
-                .base_pages
-                .with_head(|head| bindings::balloon_page_list_dequeue(self.core(), head, max))
-        };
+        // SAFETY: By the type invariants these are order-0 pages.
+        unsafe { dequeue(&self.base, &mut pages.base_pages, max) };
 
         // INVARIANT: That many pages were taken off the list.
-        self.base_pages.fetch_sub(pages.len(), Relaxed);
+        self.count(0).fetch_sub(pages.len(), Relaxed);
         self.account_base_pages(&pages, false);
         pages
     }
@@ -382,31 +415,15 @@ impl<R: MigratePage> NodePages<R> {
         };
         let mut pages = PageList::new();
 
-        self.account(&block, false);
         block.unmark().split(|page| pages.push(page));
         self.insert(pages);
         true
-    }
-
-    /// Takes out all blocks that begin in `pfns`, and puts them on `taken`. Checks each pageblock
-    /// there, and no others.
-    pub(in crate::rust::mm) fn take_blocks(&self, pfns: PfnRange, taken: &mut PageList) {
-        let step = 1 << pageblock_order();
-
-        for pfn in (pfns.first().next_multiple_of(step)..pfns.end()).step_by(step as usize) {
-            let Some(block) = self.blocks.lock().take_at(pfn as usize) else {
-                continue;
-            };
-
-            self.account(&block, false);
-            taken.push_block(block);
-        }
     }
 }
 
 #[pinned_drop]
 impl<R: MigratePage> PinnedDrop for NodePages<R> {
-    /// Waits for the pages that are isolated for page migration, which refer to `info`. There is no
+    /// Waits for the pages that are isolated for page migration, which refer to this. There is no
     /// limit, since the kernel would put them back into freed memory. It does put them back: it
     /// tries to migrate an isolated page ten times at most.
     fn drop(self: Pin<&mut Self>) {

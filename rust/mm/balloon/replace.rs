@@ -7,10 +7,14 @@ use crate::rust::mm::pages::page_list::PageList;
 use crate::rust::{
     bindings,
     mm::{
-        pages::page::{
-            pageblock_order,
-            Page, //
+        pages::{
+            owned::PageRange,
+            page::{
+                pageblock_order,
+                Page, //
+            }, //
         },
+        pfn_range::PfnRange,
         zone::Zone, //
     }, //
 };
@@ -18,6 +22,10 @@ use crate::rust::{
 use core::marker::PhantomData;
 use kernel::{
     prelude::*,
+    sync::atomic::{
+        Atomic,
+        Relaxed, //
+    },
     time::Delta, //
 };
 
@@ -38,6 +46,13 @@ pub(crate) trait MigratePage: Send + Sync + 'static {
     /// `EAGAIN` to refuse the migration for now. The balloon does not change then, and the kernel
     /// retries a few times.
     fn replace(&self, old: &OldPage<'_>, new: u64, may_sleep: bool) -> Result;
+
+    /// The kernel needs the memory of a block. To give it the block must be taken, and then leaves
+    /// the balloon without a replacement. It should be free when this returns. Otherwise the
+    /// balloon does not change, and the kernel retries a few times.
+    ///
+    /// Called in process context, with the first page locked. May sleep, but not for long.
+    fn vacate(&self, _block: &mut OldBlock<'_>) {}
 
     /// The balloon ends, and all migrations are refused from now on. Releases what others may need,
     /// since page migration may hold pages of the balloon, and this, for a long time.
@@ -70,6 +85,11 @@ impl<'a> OldPage<'a> {
         self.page.pfn() as u64
     }
 
+    /// Returns the page, in kernel pages.
+    pub(crate) fn pfns(&self) -> Option<PfnRange> {
+        PfnRange::new(self.pfn(), 1)
+    }
+
     /// Returns whether the kernel may have isolated the page's pageblock, and no later page of it
     /// is in a balloon. The kernel's caller then checks whether all isolated pages are free.
     pub(crate) fn is_last_of_isolated(&self) -> bool {
@@ -88,6 +108,57 @@ impl<'a> OldPage<'a> {
         unsafe { bindings::get_page(self.page.as_ptr()) };
         PageRef(self.page)
     }
+}
+
+/// A block of a balloon whose memory the kernel needs.
+///
+/// # Invariants
+///
+/// For `'a` the first page, `page`, is valid and isolated from the balloon's list. Unless
+/// `is_taken` is set, it begins a marked block of 2^`order` pages, with 1 or more as `order`, that
+/// is in the balloon.
+pub(crate) struct OldBlock<'a> {
+    pub(in crate::rust::mm) page: Page,
+    pub(in crate::rust::mm) order: u32,
+    pub(in crate::rust::mm) is_taken: bool,
+    /// How many blocks of this order are in the balloon.
+    pub(in crate::rust::mm) count: &'a Atomic<usize>,
+}
+
+impl OldBlock<'_> {
+    /// Returns the pages, in kernel pages.
+    pub(crate) fn pfns(&self) -> Option<PfnRange> {
+        PfnRange::new(self.page.pfn() as u64, 1 << self.order)
+    }
+
+    /// Takes the block out of the balloon. Returns none if it was taken before.
+    pub(crate) fn take(&mut self) -> Option<TakenBlock> {
+        let pfns = self.pfns().filter(|_| !self.is_taken)?;
+        let rest = PfnRange::between(pfns.first() + 1, pfns.end())?;
+
+        // SAFETY: By the type invariants the pages are a block of the balloon. After this they are
+        // order-0 pages. The balloon keeps its reference to the first one, and the others are ours.
+        //
+        // INVARIANT: The block is taken, and no longer counted.
+        unsafe {
+            bindings::split_page(self.page.as_ptr(), self.order);
+            self.page.set_order(0);
+            self.is_taken = true;
+            self.count.fetch_sub(1, Relaxed);
+            bindings::get_page(self.page.as_ptr());
+            Some(TakenBlock {
+                _first: PageRef(self.page),
+                _rest: PageRange::new(rest),
+            })
+        }
+    }
+}
+
+/// The pages of a block that has left a balloon. Dropping it frees them, the first one when the
+/// kernel has no more references to it.
+pub(crate) struct TakenBlock {
+    _first: PageRef,
+    _rest: PageRange,
 }
 
 /// A reference to a page.

@@ -178,7 +178,7 @@ unsafe extern "C" fn keep_page(page: *mut bindings::page, order: c_uint) {
         for n in 1..1 << order {
             first.add(n).set_count(0);
         }
-        first.set_private(order as usize);
+        first.set_order(order);
         allow_access(first, order);
         Block::from_page(first)
     };

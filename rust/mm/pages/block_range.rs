@@ -43,7 +43,7 @@ const MAX_PAGES: usize = u32::MAX as usize >> PAGE_SHIFT;
 /// # Invariants
 ///
 /// The pages are blocks that this owns, in the linear mapping: [`MAX_PAGES`] at most. The first
-/// page of each block has the block's order in its `private` field.
+/// page of each block stores the block's order.
 pub(crate) struct BlockRange(PfnRange);
 
 impl BlockRange {
@@ -67,7 +67,7 @@ impl BlockRange {
         // longest range.
         //
         // SAFETY: The block is ours.
-        unsafe { page.set_private(order as usize) };
+        unsafe { page.set_order(order) };
         Some(Self(pfns))
     }
 
@@ -99,8 +99,7 @@ impl BlockRange {
         }
     }
 
-    /// Splits off the first block, and returns it with the rest. Its order stays in its first page:
-    /// the page allocator clears the field when it frees the block.
+    /// Splits off the first block, and returns it with the rest.
     fn split_first(self) -> (Allocated, Option<Self>) {
         let pfns = self.0;
 
@@ -110,7 +109,7 @@ impl BlockRange {
         let block = unsafe {
             let page = Page::from_pfn(pfns.first() as usize);
 
-            Allocated::from_parts(page, page.private() as u32)
+            Allocated::from_parts(page, page.order())
         };
         let len = block.len() as u64;
 

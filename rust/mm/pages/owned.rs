@@ -10,10 +10,7 @@ use crate::rust::{
         node::Node,
         pages::{
             gfp::Gfp,
-            page::{
-                Page,
-                ORDER_MASK, //
-            },
+            page::Page,
             ring::Linked, //
         },
         pfn_range::PfnRange, //
@@ -23,8 +20,8 @@ use crate::rust::{
 use core::mem;
 use kernel::prelude::*;
 
-/// A block that was just allocated: it is not marked, and the `private` fields of its pages have no
-/// meaning. Dropping it frees it.
+/// A block that was just allocated. No page of it is marked, except perhaps the first, and none
+/// stores its order. Dropping it frees it.
 ///
 /// # Invariants
 ///
@@ -85,7 +82,7 @@ impl Allocated {
         //
         // SAFETY: By the type invariants of `Allocated` the block is ours.
         unsafe {
-            page.set_private(order as usize);
+            page.set_order(order);
             bindings::set_pages_offline(page.as_ptr(), order);
         }
         Block(page)
@@ -134,7 +131,7 @@ impl Drop for Allocated {
 ///
 /// # Invariants
 ///
-/// The page is of order 0, its `private` field is 0, and this owns one of its references.
+/// The page is of order 0, and stores that. This owns one of its references.
 #[repr(transparent)]
 pub(in crate::rust) struct BasePage(Page);
 
@@ -161,10 +158,10 @@ unsafe impl Linked for BasePage {
     ///
     /// The page must be of order 0. The caller passes on a reference to it.
     unsafe fn from_page(page: Page) -> Self {
-        // INVARIANT: The old value of the field has no meaning.
+        // INVARIANT: The order is stored.
         //
         // SAFETY: By the requirements of this function.
-        unsafe { page.set_private(0) };
+        unsafe { page.set_order(0) };
         Self(page)
     }
 }
@@ -183,8 +180,8 @@ impl Drop for BasePage {
 ///
 /// # Invariants
 ///
-/// The page begins a block that this owns. Its `private` field has the order, and the owner, if
-/// there is one. All pages of the block are marked as offline.
+/// The page begins a block that this owns, and stores its order. All pages of the block are marked
+/// as offline.
 #[repr(transparent)]
 pub(in crate::rust) struct Block(Page);
 
@@ -204,15 +201,8 @@ impl Block {
         1 << self.order()
     }
 
-    /// Stores the owner, an address without bits of [`ORDER_MASK`], or none (0).
-    pub(in crate::rust) fn set_owner(&mut self, owner: usize) {
-        let private = owner & !ORDER_MASK | self.order() as usize;
-
-        // SAFETY: By the type invariants the page is ours.
-        unsafe { self.0.set_private(private) };
-    }
-
-    /// Clears the marks, which is required before the block is freed or split.
+    /// Clears the marks, which is required before the block is freed or split. The page allocator
+    /// clears that of the first page: page migration may just look at a page that was in a balloon.
     pub(in crate::rust) fn unmark(self) -> Allocated {
         self.unmark_and_check().0
     }
@@ -224,10 +214,7 @@ impl Block {
         let page = self.into_page();
 
         // SAFETY: By the type invariants the block is ours, and marked.
-        let has_error = unsafe {
-            page.set_private(0);
-            bindings::clear_pages_offline(page.as_ptr(), order)
-        };
+        let has_error = unsafe { bindings::clear_pages_offline(page.as_ptr(), order) };
         // INVARIANT: The block is owned by this one from now on.
         (Allocated { page, order }, has_error)
     }

@@ -20,10 +20,6 @@ pub(crate) fn pageblock_order() -> u32 {
     bindings::pageblock_order()
 }
 
-/// The bits of a page's `private` field with the order of a block. The others have the block's
-/// owner, if there is one.
-pub(in crate::rust) const ORDER_MASK: usize = 63;
-
 /// A field of `struct page`, of type `T`.
 ///
 /// # Invariants
@@ -35,6 +31,7 @@ struct Field<T>(usize, PhantomData<T>);
 // INVARIANT: These are fields of `struct page`; the flags are its first one.
 const FLAGS: Field<c_ulong> = Field(0, PhantomData);
 const LRU: Field<bindings::list_head> = Field(bindings::PAGE_LRU_OFFSET, PhantomData);
+const INDEX: Field<usize> = Field(bindings::PAGE_INDEX_OFFSET, PhantomData);
 const MAPPING: Field<usize> = Field(bindings::PAGE_MAPPING_OFFSET, PhantomData);
 const PRIVATE: Field<usize> = Field(bindings::PAGE_PRIVATE_OFFSET, PhantomData);
 const REFCOUNT: Field<u32> = Field(bindings::PAGE_REFCOUNT_OFFSET, PhantomData);
@@ -160,26 +157,20 @@ impl Page {
         self.field(FLAGS)
     }
 
-    /// Returns the `private` field.
-    pub(in crate::rust) fn private(self) -> usize {
-        self.read(PRIVATE)
-    }
-
     /// Returns the order of the block that begins with the page, if the driver owns that block.
     pub(in crate::rust::mm) fn order(self) -> u32 {
-        (self.private() & ORDER_MASK) as u32
+        self.read(INDEX) as u32
     }
 
-    /// Sets the `private` field.
+    /// Stores the order of the block that begins with the page. It is in the `index` field: the
+    /// balloon core uses the `private` field of its pages.
     ///
     /// # Safety
     ///
     /// The caller must own the page.
-    pub(in crate::rust) unsafe fn set_private(self, value: usize) {
-        // Other code may read it.
-        //
+    pub(in crate::rust) unsafe fn set_order(self, order: u32) {
         // SAFETY: By the type invariants and the requirements of this function.
-        unsafe { self.field(PRIVATE).write_volatile(value) };
+        unsafe { self.field(INDEX).write_volatile(order as usize) };
     }
 
     /// Sets the reference count.
@@ -208,7 +199,7 @@ impl Page {
     pub(in crate::rust) fn free_order(self) -> Option<u32> {
         let is_free = self.page_type() >> 24 == bindings::pagetype_PGTY_buddy;
 
-        is_free.then(|| self.private() as u32)
+        is_free.then(|| self.read(PRIVATE) as u32)
     }
 
     /// Returns whether the page is marked as offline: dumps leave out its content.

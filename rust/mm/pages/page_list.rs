@@ -84,19 +84,6 @@ impl PageList {
         Some(block)
     }
 
-    /// Takes the block that begins with `page` off.
-    ///
-    /// # Safety
-    ///
-    /// It must be on the list.
-    pub(in crate::rust) unsafe fn remove_block(&mut self, page: Page) -> Option<Block> {
-        // SAFETY: By the requirements of this function.
-        let block = unsafe { self.blocks.remove(page) }?;
-
-        self.block_pages -= block.len();
-        Some(block)
-    }
-
     /// Takes off the first pages that are on one node: blocks, if there are any, otherwise order-0
     /// pages. Returns the node's number with them.
     pub(in crate::rust) fn take_node(&mut self) -> Option<(usize, Self)> {

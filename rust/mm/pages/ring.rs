@@ -175,24 +175,6 @@ impl<T: Linked> Ring<T> {
         self.len += len;
     }
 
-    /// Takes the one with `page` out.
-    ///
-    /// # Safety
-    ///
-    /// It must be in the ring.
-    pub(in crate::rust) unsafe fn remove(&mut self, page: Page) -> Option<T> {
-        // The ring begins with any of its pages, for a moment.
-        //
-        // INVARIANT: The page is one of the ring, and so is the first one, if there is another one.
-        let first = self.first.replace(page);
-        let removed = self.pop();
-
-        if first != Some(page) {
-            self.first = first;
-        }
-        removed
-    }
-
     /// Calls `f` with a list head before the first page, as C code expects it. The ring then has
     /// the pages that are on the list when `f` returns.
     ///

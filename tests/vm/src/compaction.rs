@@ -9,7 +9,6 @@ use anyhow::{Context, Result, ensure};
 use vm::{Device, Driver, Exit, Guest, Load, PageFlag, Size};
 
 use crate::debugfs::{show, value};
-use crate::lifecycle::device;
 use crate::scenario::{
     ALL_DEVICES, BOTH_DRIVERS, CALLBACK_KERNELS, EXTENDED_DEVICE, FAST_KERNELS, PATIENCE,
     RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
@@ -154,28 +153,35 @@ fn gigantic_pages(setup: &Setup) -> Result<()> {
         ensure!(get()? == 1, "the guest gets none without a balloon");
         guest.balloon().settle(size)?;
 
-        if setup.driver == Driver::Rust && setup.device == Device::Extended {
-            ensure!(get()? == 0, "the balloon is not in the way");
-            let device = device(guest, setup.driver)?;
-            guest.write_file(
-                &format!("/sys/bus/virtio/devices/{device}/balloon/movable"),
-                "1",
-            )?;
-            guest.wait_until("a balloon without blocks", PATIENCE, || {
-                Ok(value(&show(guest, "balloon")?, "order_0_blocks")? == size.as_pages())
-            })?;
+        // The kernel migrates order-0 pages. Blocks leave, and the balloon inflates elsewhere.
+        let event = match setup.driver == Driver::Rust && setup.device == Device::Extended {
+            true => "balloon_deflate",
+            false => "balloon_migrate",
+        };
+        let moved = guest.vmstat(event)?;
+        if event == "balloon_deflate" {
+            write(guest, "/proc/sys/vm/compact_memory", "1")?;
+            let now = guest.vmstat(event)?;
+            ensure!(now == moved, "compaction takes blocks from the balloon");
         }
-        let moved = guest.vmstat("balloon_migrate")?;
         ensure!(get()? == 1, "the guest gets none with a balloon of {size}");
-        let moved = guest.vmstat("balloon_migrate")? - moved;
-        ensure!(moved > 0, "no page of the balloon was migrated");
-        check_size(guest, size)?;
-        setup.note(format!("{moved} pages of the balloon were migrated"));
+        let moved = guest.vmstat(event)? - moved;
+        ensure!(moved > 0, "the balloon was not in the way");
+        inflates_elsewhere(guest, size)?;
+        setup.note(format!("{moved} pages of the balloon were in the way"));
 
         guest.balloon().settle(Size::default())?;
         check_size(guest, Size::default())?;
         guest.rmmod(setup.driver)
     })
+}
+
+/// Waits until a balloon that blocks have left has its size again. The device has not seen another one.
+fn inflates_elsewhere(guest: &Guest, size: Size) -> Result<()> {
+    guest.wait_until("a balloon that has inflated elsewhere", PATIENCE, || {
+        Ok(guest.page_size() * guest.vmstat("nr_balloon_pages")? == size)
+    })?;
+    check_size(guest, size)
 }
 
 fn virtio_mem(setup: &Setup) -> Result<()> {
@@ -238,7 +244,8 @@ pub(crate) fn write(guest: &Guest, path: &str, value: &str) -> Result<()> {
 }
 
 fn memory_offline(setup: &Setup) -> Result<()> {
-    let size = Size::mib(640);
+    // Nearly all memory: blocks come from other zones first.
+    let size = Size::mib(736);
     vm::run(&setup.config().parameter("movablecore=512M"), |guest| {
         guest.insmod(setup.driver, setup.driver.low_floor())?;
         let (total, free) = (guest.meminfo()?.total, guest.free()?);
@@ -352,14 +359,12 @@ fn blocks_offline(setup: &Setup) -> Result<()> {
         ensure!(
             events
                 .iter()
-                .any(|event| event.ends_with("reason=going-offline")),
+                .any(|event| event.ends_with("reason=isolated")),
             "no trace event for it: {events:#?}"
         );
         let state = guest.read_file(&block.state)?;
         ensure!(state.trim() == "offline", "the block is {}", state.trim());
-        // The balloon then inflates elsewhere.
-        guest.balloon().reach(size)?;
-        check_size(guest, size)?;
+        inflates_elsewhere(guest, size)?;
 
         write(guest, &block.state, "online")?;
         let now = guest.meminfo()?.total;
