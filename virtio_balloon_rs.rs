@@ -79,7 +79,6 @@ impl FeatureList for BalloonFeatures {
             module_parameters::inflate.value(),
             module_parameters::encoding.value(),
             module_parameters::memory_blocks.value(),
-            module_parameters::movable.value(),
             module_parameters::floor_mib.value(),
         )
     }
@@ -107,10 +106,6 @@ module_virtio_driver! {
         memory_blocks: bool {
             default: true,
             description: "If the kernel zeroes memory on allocation, take free memory blocks offline and online instead",
-        },
-        movable: bool {
-            default: false,
-            description: "Hold single pages, which the kernel can migrate, and no blocks: more gigantic pages, slower",
         },
         floor_mib: i32 {
             default: -1,

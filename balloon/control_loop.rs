@@ -16,7 +16,6 @@ use crate::{
             deflate,
             migration_reports, //
         },
-        resize::PAGES_PER_RUN,
         state::{
             mib,
             Balloon,
@@ -68,10 +67,7 @@ impl Balloon {
         }
 
         let mut again = self.act(worker, target, step);
-        if self.settle(worker, step) && self.has_to_move() && self.pages.split_blocks(PAGES_PER_RUN)
-        {
-            again = Some(0);
-        }
+        self.settle(worker, step);
 
         self.announce(worker, self.stop_reason(worker, step));
         // The size is reported when the device has acknowledged the messages of this run.
@@ -173,9 +169,8 @@ impl Balloon {
         again
     }
 
-    /// Allows page migration and suspend if the balloon does not change its size. Returns whether
-    /// that is so.
-    fn settle(&self, worker: &mut Worker, step: Step) -> bool {
+    /// Allows page migration and suspend if the balloon does not change its size.
+    fn settle(&self, worker: &mut Worker, step: Step) {
         // Also while the balloon cannot grow, which may last forever.
         let resting = step == Step::Rest || worker.growth.is_failing();
         let are_settled = self.migrations().is_settled();
@@ -190,7 +185,6 @@ impl Balloon {
         if resting || worker.progress.is_unresponsive() {
             self.relax(worker);
         }
-        resting
     }
 
     /// Returns whether the task waits for an event that may come without an interrupt. The device

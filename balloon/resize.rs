@@ -21,7 +21,6 @@ use crate::{
     rust::{
         mm::{
             contig::drain,
-            hotplug::memory_block::has_virtio_mem,
             memory,
             node::{
                 Node,
@@ -193,7 +192,6 @@ impl Balloon {
     /// queue may be full before each node has given its share, so the node that has given least
     /// comes first.
     fn take_shares(&self, worker: &mut Worker, nodes: &mut NodeSet, left: &mut usize) -> Stop {
-        let keeps_blocks = !self.has_to_move();
         let floor = self.settings().floor_pages();
         let asked = *nodes;
         let among = || Node::all().filter(|&node| asked.contains(node));
@@ -213,7 +211,7 @@ impl Balloon {
 
             worker.batch.take_from(node);
             let spare = || room(node, floor).min(self.available_above_reserve());
-            let source = PageAllocator::new(keeps_blocks, spare);
+            let source = PageAllocator::new(spare);
             let (inflate, batch) = (&mut worker.inflate, &mut worker.batch);
             let may_send = || self.may_send();
             let mut missing = share;
@@ -232,13 +230,6 @@ impl Balloon {
             }
         }
         stop
-    }
-
-    /// Returns whether the kernel must be able to migrate the whole balloon, which it can do with
-    /// order-0 pages only: the user wants that, or there is a virtio-mem device. Its driver unplugs
-    /// parts of a memory block, and notifies no other driver.
-    pub(super) fn has_to_move(&self) -> bool {
-        self.settings().movable() || has_virtio_mem(&self.dev)
     }
 
     /// Records why the balloon cannot grow to `target`, and logs it the first time. Returns how

@@ -30,7 +30,6 @@ attributes! {
     pub(crate) static ATTRIBUTES: BoundDevice = DIRECTORY {
         FloorMib,
         Inflate,
-        Movable,
         TargetKib,
         ActualKib,
         Reason,
@@ -68,23 +67,6 @@ impl Attribute<BoundDevice> for Inflate {
 
     fn show(bound: &BoundDevice) -> Result<u8> {
         Ok(bound.settings().inflate().into())
-    }
-}
-
-/// See [`Settings::movable`](crate::device::settings::Settings::movable).
-struct Movable;
-
-impl Attribute<BoundDevice> for Movable {
-    const NAME: &'static CStr = c"movable";
-    const STORE: Option<fn(&BoundDevice, &str) -> Result> = Some(|bound, text| {
-        let movable = kstrtobool_bytes(text.as_bytes())?;
-        bound.set(|settings| settings.set_movable(movable));
-        Ok(())
-    });
-    type Value = u8;
-
-    fn show(bound: &BoundDevice) -> Result<u8> {
-        Ok(bound.settings().movable().into())
     }
 }
 

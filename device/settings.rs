@@ -32,9 +32,6 @@ pub(crate) struct Parameters {
     /// `memory_blocks`: whether the driver may take memory blocks offline and online, if the kernel
     /// zeroes the memory that it allocates. Default: true.
     memory_blocks: bool,
-    /// `movable`: whether the balloon consists of order-0 pages only, which the kernel can migrate.
-    /// Default: false.
-    movable: bool,
     /// `floor_mib`: the available memory below which the balloon does not grow, and no hints are
     /// given. Default: -1.
     floor: Floor,
@@ -50,7 +47,6 @@ impl Parameters {
         inflate: bool,
         encoding: u8,
         memory_blocks: bool,
-        movable: bool,
         floor_mib: i32,
     ) -> Result<Self> {
         let wire_format = WireFormat::from_parameter(encoding).ok_or_else(|| {
@@ -66,7 +62,6 @@ impl Parameters {
             inflate,
             wire_format,
             memory_blocks,
-            movable,
             floor,
         })
     }
@@ -155,7 +150,6 @@ pub(crate) fn default_floor(present: usize) -> usize {
 pub(crate) struct Settings {
     floor_mib: Atomic<i32>,
     inflate: Atomic<bool>,
-    movable: Atomic<bool>,
     memory_blocks: bool,
     encodings: Encodings,
 }
@@ -166,7 +160,6 @@ impl Settings {
         Self {
             floor_mib: Atomic::new(parameters.floor.0),
             inflate: Atomic::new(parameters.inflate),
-            movable: Atomic::new(parameters.movable),
             memory_blocks: parameters.memory_blocks,
             encodings: parameters.wire_format.encodings(),
         }
@@ -204,16 +197,6 @@ impl Settings {
     /// Sets it.
     pub(crate) fn set_inflate(&self, inflate: bool) {
         self.inflate.store(inflate, Relaxed);
-    }
-
-    /// Returns whether the balloon consists of order-0 pages only, which the kernel can migrate.
-    pub(crate) fn movable(&self) -> bool {
-        self.movable.load(Relaxed)
-    }
-
-    /// Sets it.
-    pub(crate) fn set_movable(&self, movable: bool) {
-        self.movable.store(movable, Relaxed);
     }
 
     /// Returns whether the driver may take memory blocks offline if the kernel zeroes pages. It

@@ -88,20 +88,14 @@ pub(crate) struct PageAllocator<F: Fn() -> usize> {
     /// The kind to try next: kinds that were not available are not tried again. `None` before the
     /// first attempt.
     kind: Option<Kind>,
-    /// Whether blocks stay unsplit where they may.
-    keeps_blocks: bool,
     spare: F,
 }
 
 impl<F: Fn() -> usize> PageAllocator<F> {
-    /// Begins with the largest blocks, which are split unless `keeps_blocks` is set. `spare`
-    /// returns how many kernel pages the guest can do without.
-    pub(crate) fn new(keeps_blocks: bool, spare: F) -> Self {
-        Self {
-            kind: None,
-            keeps_blocks,
-            spare,
-        }
+    /// Begins with the largest blocks. `spare` returns how many kernel pages the guest can do
+    /// without.
+    pub(crate) fn new(spare: F) -> Self {
+        Self { kind: None, spare }
     }
 }
 
@@ -120,9 +114,7 @@ impl<F: Fn() -> usize> Source for PageAllocator<F> {
     /// Blocks are much cheaper than order-0 pages, and leave fewer holes. If there is none of a
     /// kind, try the next kind.
     fn gather(&mut self, batch: &mut Batch, wanted: usize, blocks: usize, unsplit: bool) {
-        let kind = self
-            .kind
-            .get_or_insert(Kind::first(unsplit && self.keeps_blocks));
+        let kind = self.kind.get_or_insert(Kind::first(unsplit));
 
         while let Some(this) = kind.up_to(wanted - batch.pages()) {
             if batch.blocks() + this.blocks() > blocks {

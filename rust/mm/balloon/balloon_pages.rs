@@ -156,14 +156,6 @@ impl<R: MigratePage> BalloonPages<R> {
             tried = Some(place);
         }
     }
-
-    /// Splits blocks with up to `max` pages (kernel pages) into order-0 pages, or one block. They
-    /// stay in the balloon. Returns whether there may be more.
-    pub(crate) fn split_blocks(&self, max: usize) -> bool {
-        let blocks = (max >> MAX_ORDER).max(1);
-
-        (0..blocks).all(|_| self.nodes.iter().any(|node| node.split_block()))
-    }
 }
 
 impl<R: MigratePage> Drop for BalloonPages<R> {

@@ -409,7 +409,7 @@ impl<R: MigratePage> NodePages<R> {
     }
 
     /// Splits a block into order-0 pages, if there is one. They stay in the balloon.
-    pub(in crate::rust::mm) fn split_block(&self) -> bool {
+    fn split_block(&self) -> bool {
         let Some(block) = self.pop_block(usize::MAX) else {
             return false;
         };

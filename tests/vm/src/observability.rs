@@ -150,7 +150,6 @@ fn attributes(setup: &Setup) -> Result<()> {
         };
         check("floor_mib", "64")?;
         check("inflate", "1")?;
-        check("movable", "0")?;
 
         guest.balloon().settle(size)?;
         let kib = (size.as_bytes() >> 10).to_string();
@@ -191,12 +190,7 @@ fn attributes(setup: &Setup) -> Result<()> {
 
 /// Checks that no file of a setting takes an illegal value, by `write`.
 fn check_illegal(write: impl Fn(&str, &str) -> Result<()>) -> Result<()> {
-    for (name, value) in [
-        ("inflate", "x"),
-        ("movable", "x"),
-        ("floor_mib", "-2"),
-        ("floor_mib", "x"),
-    ] {
+    for (name, value) in [("inflate", "x"), ("floor_mib", "-2"), ("floor_mib", "x")] {
         ensure!(
             write(name, value).is_err(),
             "{name} takes the value '{value}'"
