@@ -267,9 +267,26 @@ fn of_open_file(link: &Path) -> io::Result<Option<Hazard>> {
     let target = fs::read_link(link)?.to_string_lossy().parse();
     Ok(match target {
         Ok(FDTarget::Path(path)) => is_pinning(link, &path).then_some(Hazard::Pinned),
+        Ok(FDTarget::AnonInode(name)) if name.contains("io_uring") => {
+            has_buffers(link)?.then_some(Hazard::Pinned)
+        }
         Ok(FDTarget::AnonInode(name)) => of_anonymous(&name),
         _ => None,
     })
+}
+
+/// Whether an io_uring, by its link in /proc, has fixed buffers. The kernel does not count them as pinned memory of a
+/// process that may lock any amount of memory (`CAP_IPC_LOCK`).
+fn has_buffers(link: &Path) -> io::Result<bool> {
+    let (process, number) = (link.parent().and_then(Path::parent), link.file_name());
+    let Some((process, number)) = process.zip(number) else {
+        return Ok(false);
+    };
+    let information = fs::read_to_string(process.join("fdinfo").join(number))?;
+    let buffers = information
+        .lines()
+        .find_map(|line| line.strip_prefix("UserBufs:"));
+    Ok(buffers.is_some_and(|number| number.trim() != "0"))
 }
 
 /// The hazard of a file that has a type, and no path.
@@ -290,8 +307,10 @@ fn others(files: &BTreeSet<Identity>, vmm: Option<i32>) -> ProcResult<BTreeSet<H
                 return None;
             }
             // Few processes have pinned memory, and reading mappings takes longer.
-            let hazards = memory(&process).ok().filter(|found| !found.is_empty())?;
-            maps(&process, files).then_some(hazards)
+            let opened = open_files(process.pid).unwrap_or_default();
+            let opened = &opened & &BTreeSet::from([Hazard::Pinned]);
+            let hazards = &memory(&process).unwrap_or_default() | &opened;
+            (!hazards.is_empty() && maps(&process, files)).then_some(hazards)
         })
         .flatten()
         .collect())

@@ -36,10 +36,10 @@ impl Pinned {
     }
 }
 
-/// Whether a process has pinned memory.
+/// Whether a process has pinned memory. The kernel does not count what a process with `CAP_IPC_LOCK` has pinned.
 pub(crate) fn has_pinned(process: &Child) -> bool {
-    let status = fs::read_to_string(format!("/proc/{}/status", process.id())).unwrap();
-    status
-        .lines()
-        .any(|line| line.starts_with("VmPin:") && !line.contains(" 0 kB"))
+    let files = fs::read_dir(format!("/proc/{}/fdinfo", process.id())).unwrap();
+    files
+        .filter_map(|file| fs::read_to_string(file.unwrap().path()).ok())
+        .any(|file| file.lines().any(|line| line == "UserBufs:\t1"))
 }
