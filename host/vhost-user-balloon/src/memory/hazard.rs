@@ -24,6 +24,7 @@ use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::path::Path;
 use std::process;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
@@ -31,7 +32,7 @@ use log::{info, warn};
 use nix::sys::stat::{major, minor};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 use procfs::ProcResult;
-use procfs::process::{FDTarget, Process, all_processes};
+use procfs::process::{FDTarget, Process, Status, all_processes};
 
 use super::pinning::is_pinning;
 
@@ -40,6 +41,14 @@ const VMM_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The maximum age of the state of other processes. Reading all of them takes some milliseconds.
 const OTHERS_INTERVAL: Duration = Duration::from_secs(60);
+
+/// The capability to lock any amount of memory, as a bit in `/proc/PID/status`.
+const CAP_IPC_LOCK: u64 = 1 << 14;
+
+/// How many times the state of an io_uring is read, and the pause in between. The kernel leaves out most of it while
+/// a thread works with the ring.
+const RING_TRIES: u32 = 20;
+const RING_PAUSE: Duration = Duration::from_millis(1);
 
 /// The memory that programs lock for passwords, in KiB.
 const FEW_LOCKED: u64 = 1 << 10;
@@ -198,7 +207,7 @@ impl Watch {
     fn look_at_vmm(&mut self) {
         let vmm = self.vmm;
         self.note(
-            vmm.and_then(|vmm| memory(&Process::new(vmm).ok()?).ok()),
+            vmm.and_then(|vmm| Some(memory(&Process::new(vmm).ok()?.status().ok()?))),
             vmm.map(open_files),
         );
     }
@@ -236,16 +245,15 @@ fn is_old(seen: Option<Instant>, interval: Duration) -> bool {
 }
 
 /// What a process has pinned or locked.
-fn memory(process: &Process) -> ProcResult<BTreeSet<Hazard>> {
-    let status = process.status()?;
+fn memory(status: &Status) -> BTreeSet<Hazard> {
     let pinned = status.vmpin.filter(|&kib| kib > 0);
     // VFIO counts what it pins as locked.
     let locked = status.vmlck.filter(|&kib| kib > FEW_LOCKED);
-    Ok(pinned
+    pinned
         .map(|_| Hazard::Pinned)
         .into_iter()
         .chain(locked.map(|_| Hazard::Locked))
-        .collect())
+        .collect()
 }
 
 /// The open files of a process. The library's list of them omits unreadable ones.
@@ -282,11 +290,17 @@ fn has_buffers(link: &Path) -> io::Result<bool> {
     let Some((process, number)) = process.zip(number) else {
         return Ok(false);
     };
-    let information = fs::read_to_string(process.join("fdinfo").join(number))?;
-    let buffers = information
-        .lines()
-        .find_map(|line| line.strip_prefix("UserBufs:"));
-    Ok(buffers.is_some_and(|number| number.trim() != "0"))
+    let file = process.join("fdinfo").join(number);
+    for _ in 0..RING_TRIES {
+        let information = fs::read_to_string(&file)?;
+        let mut lines = information.lines();
+        if let Some(buffers) = lines.find_map(|line| line.strip_prefix("UserBufs:")) {
+            return Ok(buffers.trim() != "0");
+        }
+        thread::sleep(RING_PAUSE);
+    }
+    // It may have some.
+    Ok(true)
 }
 
 /// The hazard of a file that has a type, and no path.
@@ -306,10 +320,13 @@ fn others(files: &BTreeSet<Identity>, vmm: Option<i32>) -> ProcResult<BTreeSet<H
             if [vmm, me].contains(&Some(process.pid)) {
                 return None;
             }
+            let status = process.status().ok()?;
+            let mut hazards = memory(&status);
+            if status.capeff & CAP_IPC_LOCK != 0 {
+                let opened = open_files(process.pid).unwrap_or_default();
+                hazards.extend(opened.get(&Hazard::Pinned));
+            }
             // Few processes have pinned memory, and reading mappings takes longer.
-            let opened = open_files(process.pid).unwrap_or_default();
-            let opened = &opened & &BTreeSet::from([Hazard::Pinned]);
-            let hazards = &memory(&process).unwrap_or_default() | &opened;
             (!hazards.is_empty() && maps(&process, files)).then_some(hazards)
         })
         .flatten()
@@ -332,11 +349,11 @@ mod tests {
     use super::*;
     use crate::testing::memory_file;
     use crate::testing::pinned::{Pinned, has_pinned};
+    use std::env;
     use std::io::Read;
     use std::os::fd::AsRawFd;
     use std::os::unix::fs::MetadataExt;
     use std::process::{Command, Stdio};
-    use std::{env, thread};
 
     #[test]
     fn anonymous_files_are_known_by_their_type() {
