@@ -28,10 +28,7 @@ use crate::{
     },
     rust::{
         fs::debugfs,
-        mm::{
-            memory,
-            pfn_range::PfnRange, //
-        },
+        mm::memory,
         notifiers::{
             memory_hotplug::{
                 GoingOffline,
@@ -173,7 +170,7 @@ impl GoingOffline for Reports {
     /// Pages that are isolated for a report are neither in use nor free, and the kernel would retry
     /// without end. It isolates no more pages of memory that goes offline, but may have isolated
     /// some before.
-    fn going_offline(&self, _pfns: PfnRange) -> Result {
+    fn going_offline(&self) -> Result {
         self.going_offline.store(true, Release);
         self.settle(timeouts::GOING_OFFLINE)
             .then_some(())

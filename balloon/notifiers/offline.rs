@@ -14,7 +14,6 @@ use crate::{
     },
     device::timeouts,
     rust::{
-        mm::pfn_range::PfnRange,
         notifiers::memory_hotplug::GoingOffline,
         work::{
             poll::poll_timeout,
@@ -28,7 +27,7 @@ use kernel::prelude::*;
 impl GoingOffline for Task<Balloon> {
     /// Waits until the device has acknowledged all messages, so that the kernel can migrate all of
     /// the balloon there.
-    fn going_offline(&self, _pfns: PfnRange) -> Result {
+    fn going_offline(&self) -> Result {
         let mut worker = self.worker.lock();
 
         if let Some(offliner) = &self.offliner {

@@ -24,16 +24,17 @@ use crate::rust::{
 
 use kernel::prelude::*;
 
-/// An owner of memory that cannot be migrated.
+/// An owner of memory that the kernel cannot migrate while the device has messages about it.
 pub(crate) trait GoingOffline: Send + Sync {
-    /// Frees its pages in `pfns`, which the kernel has isolated.
+    /// The kernel has isolated memory. Waits until the kernel can migrate the pages of this there,
+    /// or frees them.
     ///
     /// Called in process context.
     ///
     /// # Errors
     ///
     /// The memory stays online.
-    fn going_offline(&self, pfns: PfnRange) -> Result;
+    fn going_offline(&self) -> Result;
 
     /// The memory is offline, or stays online.
     ///
@@ -98,7 +99,7 @@ unsafe impl<T: GoingOffline> Chain<T> for MemoryChain {
             _ => return bindings::NOTIFY_DONE as c_int,
         }
 
-        match exclusion::begin_offlining().and_then(|()| who.going_offline(pfns)) {
+        match exclusion::begin_offlining().and_then(|()| who.going_offline()) {
             Ok(()) => bindings::NOTIFY_OK as c_int,
             Err(error) => refuse(error),
         }
