@@ -379,9 +379,10 @@ impl MigratePage for PendingMigrations {
     fn vacate(&self, block: &mut OldBlock<'_>) {
         let mut inner = self.inner.lock();
         let may_leave = inner.may_leave() && inner.waiting.len() < inner.waiting.capacity();
-        let taken = block.pfns().filter(|_| may_leave);
+        let taken = may_leave.then(|| block.take()).flatten();
+        let has_left = taken.is_some();
 
-        if let Some((old, block)) = taken.zip(taken.and_then(|_| block.take())) {
+        if let Some((old, block)) = taken {
             inner.leaving += old.len() as usize;
             // There is room.
             let _ = inner.record(Migration {
@@ -393,12 +394,11 @@ impl MigratePage for PendingMigrations {
         }
         drop(inner);
 
-        match taken {
+        if has_left {
             // The kernel's caller then checks whether the memory is free.
-            Some(_) => {
-                self.timeout.poll(|| self.is_settled().then_some(()));
-            }
-            None => fsleep(timeouts::MIGRATION_RETRY),
+            self.timeout.poll(|| self.is_settled().then_some(()));
+        } else {
+            fsleep(timeouts::MIGRATION_RETRY);
         }
     }
 

@@ -47,11 +47,12 @@ pub(crate) trait MigratePage: Send + Sync + 'static {
     /// retries a few times.
     fn replace(&self, old: &OldPage<'_>, new: u64, may_sleep: bool) -> Result;
 
-    /// The kernel needs the memory of a block. To give it the block must be taken, and then leaves
-    /// the balloon without a replacement. It should be free when this returns. Otherwise the
-    /// balloon does not change, and the kernel retries a few times.
+    /// The kernel needs the memory of a block. To agree, the owner [takes](OldBlock::take) the
+    /// block, and waits until it is free. The block leaves the balloon without a replacement. If
+    /// the owner does not take it, the balloon does not change, and the kernel retries a few times.
     ///
-    /// Called in process context, with the first page locked. May sleep, but not for long.
+    /// Called in process context, with the first page locked. It may sleep, for a tenth of a second
+    /// at most.
     fn vacate(&self, _block: &mut OldBlock<'_>) {}
 
     /// The balloon ends, and all migrations are refused from now on. Releases what others may need,
@@ -103,10 +104,7 @@ impl<'a> OldPage<'a> {
     /// Keeps the page from being freed for as long as the result exists.
     pub(crate) fn keep(&self) -> PageRef {
         // SAFETY: By the type invariants the page is valid, and the balloon has a reference to it.
-        //
-        // INVARIANT: The result owns the reference that is taken here.
-        unsafe { bindings::get_page(self.page.as_ptr()) };
-        PageRef(self.page)
+        unsafe { PageRef::new(self.page) }
     }
 }
 
@@ -126,31 +124,30 @@ pub(crate) struct OldBlock<'a> {
 }
 
 impl OldBlock<'_> {
-    /// Returns the pages, in kernel pages.
-    pub(crate) fn pfns(&self) -> Option<PfnRange> {
-        PfnRange::new(self.page.pfn() as u64, 1 << self.order)
-    }
-
-    /// Takes the block out of the balloon. Returns none if it was taken before.
-    pub(crate) fn take(&mut self) -> Option<TakenBlock> {
-        let pfns = self.pfns().filter(|_| !self.is_taken)?;
+    /// Takes the block out of the balloon. Returns its pages, in kernel pages, with it; none if it
+    /// was taken before.
+    pub(crate) fn take(&mut self) -> Option<(PfnRange, TakenBlock)> {
+        let pfns = PfnRange::new(self.page.pfn() as u64, 1 << self.order)?;
         let rest = PfnRange::between(pfns.first() + 1, pfns.end())?;
+        if self.is_taken {
+            return None;
+        }
 
-        // SAFETY: By the type invariants the pages are a block of the balloon. After this they are
-        // order-0 pages. The balloon keeps its reference to the first one, and the others are ours.
-        //
         // INVARIANT: The block is taken, and no longer counted.
-        unsafe {
+        self.is_taken = true;
+        self.count.fetch_sub(1, Relaxed);
+        // SAFETY: By the type invariants the pages are a block of the balloon, and after the split
+        // they are order-0 pages with a reference each. That to the first page stays with the
+        // balloon, and those to the others are passed on.
+        let block = unsafe {
             bindings::split_page(self.page.as_ptr(), self.order);
             self.page.set_order(0);
-            self.is_taken = true;
-            self.count.fetch_sub(1, Relaxed);
-            bindings::get_page(self.page.as_ptr());
-            Some(TakenBlock {
-                _first: PageRef(self.page),
+            TakenBlock {
+                _first: PageRef::new(self.page),
                 _rest: PageRange::new(rest),
-            })
-        }
+            }
+        };
+        Some((pfns, block))
     }
 }
 
@@ -167,6 +164,21 @@ pub(crate) struct TakenBlock {
 ///
 /// The page is valid, and one of its references is this one.
 pub(crate) struct PageRef(Page);
+
+impl PageRef {
+    /// Takes another reference to `page`.
+    ///
+    /// # Safety
+    ///
+    /// The page must have one, which stays for the duration of the call.
+    unsafe fn new(page: Page) -> Self {
+        // SAFETY: By the requirements of this function.
+        //
+        // INVARIANT: The result owns the reference that is taken here.
+        unsafe { bindings::get_page(page.as_ptr()) };
+        Self(page)
+    }
+}
 
 impl Drop for PageRef {
     fn drop(&mut self) {
