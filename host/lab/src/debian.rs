@@ -86,24 +86,23 @@ const PACKAGE_TESTS: [(&str, &str); 6] = [
     ("Signing the module", include_str!("debian/secure_boot.sh")),
 ];
 
-/// The result of installing the packages in a system.
+/// A system in which the packages are installed.
 pub(crate) struct Installed {
     /// Its kernel's image.
     pub(crate) image: PathBuf,
     /// The drivers, as guests load them.
     pub(crate) drivers: Vec<PathBuf>,
-    /// The system with the packages.
-    pub(crate) system: vm::System,
+    system: System,
 }
 
-/// Builds the packages, installs them in a system with Debian's kernel, checks the result, and removes them from
-/// a copy. The drivers are put into `directory`.
+/// Builds the packages, installs them in a system with Debian's kernel, and checks the result. The drivers are put into
+/// `directory`.
 ///
 /// # Errors
 ///
 /// They do not build, or a check fails.
 pub(crate) fn install(places: &Places, directory: &Path) -> Result<Installed> {
-    let mut system = System::new(places, deb::build(places)?)?;
+    let system = System::new(places, deb::build(places)?)?;
     system.check("Listing the files", include_str!("debian/listed.sh"))?;
     system.follow(
         "Installing the packages",
@@ -125,33 +124,46 @@ pub(crate) fn install(places: &Places, directory: &Path) -> Result<Installed> {
     let modules = [(ours, first), (theirs, second), (VIRTIO_MEM, &virtio_mem)]
         .map(|(file, module)| system.decompress(module, &directory.join(file)));
     system.follow("Checking the programs", CHECK_PROGRAMS, &[deb::VERSION])?;
-
-    for (what, script) in PACKAGE_TESTS {
-        system.check(what, script)?;
-    }
-    let mut other = system.clone();
-    other.begin_changes(places.build().join("debian-kernels"))?;
-    other.check("Upgrading the kernel", include_str!("debian/kernel.sh"))?;
-
-    system.begin_changes(places.build().join("debian-removed"))?;
-    let installed = vm::System {
-        layers: system.layers.clone(),
-        packages: system.packages.clone(),
-    };
-    remove(&mut system)?;
-    let image = system
-        .path
-        .join("boot")
-        .join(format!("vmlinuz-{}", system.release));
+    let image = format!("boot/vmlinuz-{}", system.release);
     Ok(Installed {
-        image,
+        image: system.path.join(image),
         drivers: modules.into_iter().collect::<Result<_>>()?,
-        system: installed,
+        system,
     })
 }
 
+impl Installed {
+    /// The system, for a guest to run in.
+    pub(crate) fn system(&self) -> vm::System {
+        vm::System {
+            layers: self.system.layers_with_changes(),
+            packages: self.system.packages.clone(),
+        }
+    }
+
+    /// Upgrades the packages and the kernel in copies of the system, and removes the packages.
+    ///
+    /// # Errors
+    ///
+    /// One of the tests fails.
+    pub(crate) fn test_packages(&self, places: &Places) -> Result<()> {
+        let copy = |system: &System, name| {
+            let mut system = system.clone();
+            system.begin_changes(places.build().join(name))?;
+            Ok::<_, anyhow::Error>(system)
+        };
+        let system = copy(&self.system, "debian-upgraded")?;
+        for (what, script) in PACKAGE_TESTS {
+            system.check(what, script)?;
+        }
+        let other = copy(&system, "debian-kernels")?;
+        other.check("Upgrading the kernel", include_str!("debian/kernel.sh"))?;
+        remove(&copy(&system, "debian-removed")?)
+    }
+}
+
 /// Removes the packages, and purges them: nothing of them stays.
-fn remove(system: &mut System) -> Result<()> {
+fn remove(system: &System) -> Result<()> {
     system.follow(
         "Removing the packages",
         "apt-get remove --yes virtio-balloon-rs-dkms vhost-user-balloon balloonctl balloon-manager",
@@ -219,9 +231,7 @@ impl System {
 
     /// Keeps the changes so far, and puts the next ones into `directory`.
     fn begin_changes(&mut self, directory: PathBuf) -> Result<()> {
-        if !self.changes.as_os_str().is_empty() {
-            self.layers.insert(0, self.changes.join("upper"));
-        }
+        self.layers = self.layers_with_changes();
         if directory.exists() {
             fs::remove_dir_all(&directory)?;
         }
@@ -230,6 +240,15 @@ impl System {
         }
         self.changes = directory;
         Ok(())
+    }
+
+    fn layers_with_changes(&self) -> Vec<PathBuf> {
+        let changed = !self.changes.as_os_str().is_empty();
+        let changes = changed.then(|| self.changes.join("upper"));
+        changes
+            .into_iter()
+            .chain(self.layers.iter().cloned())
+            .collect()
     }
 
     /// A shell that runs `script` in it.

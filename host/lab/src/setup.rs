@@ -8,6 +8,7 @@ use std::{env, fs};
 use anyhow::Result;
 use vm::{Artifacts, Coverage, Driver, Kernel};
 
+use crate::debian::Installed;
 use crate::kernel::Tree;
 use crate::places::Places;
 use crate::platform::Platform;
@@ -15,19 +16,27 @@ use crate::{debian, foreign, initramfs, kernel, module};
 
 /// Builds a kernel, the drivers for it and an initramfs, unless they exist.
 pub(crate) fn prepare(places: &Places, kernel: Kernel) -> Result<Artifacts> {
-    let build = places.build_for(kernel);
-    fs::create_dir_all(&build)?;
     if kernel == Kernel::Debian {
-        let debian = debian::install(places, &build)?;
-        let artifacts = artifacts(places, kernel, debian.image, &debian.drivers, None)?;
-        return Ok(Artifacts {
-            system: Some(debian.system),
-            ..artifacts
-        });
+        return Ok(install(places)?.0);
     }
+    fs::create_dir_all(places.build_for(kernel))?;
     let (tree, module) = compile(places, kernel)?;
     let modules = modules(places, &tree, module)?;
     artifacts(places, kernel, tree.image(), &modules, None)
+}
+
+/// Builds the packages, and installs them in a system for guests with Debian's kernel.
+pub(crate) fn install(places: &Places) -> Result<(Artifacts, Installed)> {
+    let kernel = Kernel::Debian;
+    let build = places.build_for(kernel);
+    fs::create_dir_all(&build)?;
+    let installed = debian::install(places, &build)?;
+    let image = installed.image.clone();
+    let artifacts = Artifacts {
+        system: Some(installed.system()),
+        ..artifacts(places, kernel, image, &installed.drivers, None)?
+    };
+    Ok((artifacts, installed))
 }
 
 /// Builds a kernel, and the module for it, unless they exist.

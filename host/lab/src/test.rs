@@ -183,7 +183,8 @@ impl Preparation<'_, '_, '_> {
             .filter(|scenario| is_wanted(scenario, this, wanted))
             .collect();
         let with_kunit = is_kunit_wanted(this, wanted);
-        let with_packages = is_debian && wanted.only == Some("packages");
+        let is_selected = wanted.kernel.map_or(wanted.long, |kernel| kernel == this);
+        let with_packages = is_debian && wanted.only.map_or(is_selected, |only| only == "packages");
         if scenarios.is_empty() && !with_kunit && !with_packages {
             return Ok(());
         }
@@ -193,16 +194,27 @@ impl Preparation<'_, '_, '_> {
             report.add(&name, None, &outcome(result.map(drop)), &[]);
             return Ok(());
         }
-        let artifacts = match self.queue.build(|| setup::prepare(self.places, this)) {
-            Ok(artifacts) => Arc::new(artifacts),
+        let prepared = self.queue.build(|| match is_debian {
+            true => {
+                setup::install(self.places).map(|(artifacts, system)| (artifacts, Some(system)))
+            }
+            false => setup::prepare(self.places, this).map(|artifacts| (artifacts, None)),
+        });
+        let (artifacts, packages) = match prepared {
+            Ok((artifacts, packages)) => (Arc::new(artifacts), packages),
             Err(error) => {
-                report.add(&prepared(this), None, &outcome(Err(error)), &[]);
+                report.add(&preparation(this), None, &outcome(Err(error)), &[]);
                 return Ok(());
             }
         };
-        if is_debian {
+        if let Some(packages) = packages {
             // Installing the packages is a test, too.
-            report.add(&prepared(this), None, &Outcome::Passed, &[]);
+            report.add(&preparation(this), None, &Outcome::Passed, &[]);
+            if with_packages {
+                let result = self.queue.build(|| packages.test_packages(self.places));
+                let name = format!("packages are upgraded and removed ({this} kernel)");
+                report.add(&name, None, &outcome(result), &[]);
+            }
         }
         if with_kunit {
             let artifacts = Arc::clone(&artifacts);
@@ -229,9 +241,9 @@ fn outcome(result: Result<()>) -> Outcome {
 }
 
 /// The name of the preparation of a kernel's guests.
-fn prepared(kernel: Kernel) -> String {
+fn preparation(kernel: Kernel) -> String {
     match kernel {
-        Kernel::Debian => "packages are installed and removed (debian kernel)".to_owned(),
+        Kernel::Debian => "packages are installed (debian kernel)".to_owned(),
         _ => format!("a guest can be made ({kernel} kernel)"),
     }
 }
