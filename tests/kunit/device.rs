@@ -139,10 +139,10 @@ pub(super) fn message(device: &FakeDevice, queue: usize) -> Result<Request> {
     request.ok_or(EINVAL)
 }
 
-/// Returns the free memory in bytes, per-CPU page lists included.
+/// Returns the free memory in bytes, per-CPU page lists included: draining them leaves a pageblock there.
 pub(super) fn free() -> u64 {
     drain::drain_free_lists();
-    Info::now().free
+    Info::now().free + ((memory::pcp_pages() as u64) << PAGE_SHIFT)
 }
 
 /// Waits until the driver has set the balloon's size to `size` balloon pages, on a device that uses
@@ -429,7 +429,7 @@ fn movable(features: &[FeatureBit]) -> Result<Host> {
     // In steps that are too small for blocks, which cannot be migrated. Some of the pageblocks then
     // contain movable pages only.
     let step = (BALLOON_PAGES_PER_PAGE << pageblock_order()) / 2;
-    let size = MANY.max(4 * step as u32);
+    let size = MANY.max(12 * step as u32);
     let mut host = Host::new(features)?;
 
     for size in (step as u32..=size).step_by(step) {

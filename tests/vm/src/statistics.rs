@@ -121,7 +121,8 @@ fn statistics(setup: &Setup) -> Result<()> {
 /// Checks that a new sample has the sizes that the guest says itself.
 pub(crate) fn check_memory(guest: &Guest, sample: &Sample) -> Result<()> {
     // A load's memory stays on the per-CPU page lists for a while, where it does not count as free.
-    const TOLERANCE: Size = Size::mib(64);
+    const PAGES: u64 = 1 << 14;
+    let tolerance = Size::bytes(PAGES * guest.page_size().as_bytes());
     let meminfo = guest.meminfo()?;
     for (name, here) in [
         ("total-memory", meminfo.total),
@@ -130,7 +131,7 @@ pub(crate) fn check_memory(guest: &Guest, sample: &Sample) -> Result<()> {
     ] {
         let there = Size::bytes(sample.get(name)?);
         ensure!(
-            there.abs_diff(here) <= TOLERANCE,
+            there.abs_diff(here) <= tolerance,
             "{name} is {there}, and the guest says {here}"
         );
     }
