@@ -2,6 +2,7 @@
 
 //! The step from an observation to actions.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
@@ -83,8 +84,10 @@ struct Step<'a> {
     free: Pages,
     /// The part of it that is for guests in need.
     fast: Pages,
-    /// A guest in need, or a reservation, waits for memory of other VMs.
-    lacking: bool,
+    /// What VMs were asked for a moment ago.
+    coming: Pages,
+    /// What guests in need, reservations and the fast reserve lack beyond that.
+    missing: Pages,
 }
 
 impl Policy {
@@ -148,7 +151,11 @@ impl Policy {
             },
             free: limit.saturating_sub(charged),
             fast,
-            lacking: expected > limit.saturating_sub(fast / 2),
+            coming: self.coming(observation),
+            missing: match expected > limit.saturating_sub(fast / 2) {
+                true => expected.saturating_sub(limit - fast),
+                false => 0,
+            },
         };
         step.divide(&self.admitted, &self.trackers);
         self.raise(&mut step);
@@ -180,6 +187,12 @@ impl Policy {
         charges.chain(admitted).fold(0, Pages::saturating_add)
     }
 
+    fn coming(&self, observation: &Observation) -> Pages {
+        let vms = observation.vms.iter();
+        let coming = vms.map(|vm| self.trackers[&vm.id].coming(vm, self.now));
+        coming.fold(0, Pages::saturating_add)
+    }
+
     /// Gives memory to those below their share, to the neediest first, as far as it is free.
     fn raise(&mut self, step: &mut Step<'_>) {
         let vms = step
@@ -205,7 +218,10 @@ impl Policy {
         for (vm, account) in &short {
             let cause = account.pressed.map_or(Cause::Wanted, Cause::Pressed);
             let given = self.give(step, vm, account, cause, LEAST_URGENT_CHANGE);
-            step.lacking |= given < account.share.saturating_sub(LEAST_URGENT_CHANGE);
+            let missing = account.share.saturating_sub(given);
+            if missing > LEAST_URGENT_CHANGE {
+                step.missing = step.missing.saturating_add(missing);
+            }
         }
         self.reserve(step);
         step.free = step.free.saturating_sub(step.fast);
@@ -255,18 +271,19 @@ impl Policy {
                 self.admitted.insert(reservation.id);
                 step.decision.admitted.push(reservation.id);
             } else {
-                step.lacking = true;
+                let missing = reservation.pages.saturating_sub(step.free);
+                step.missing = step.missing.saturating_add(missing);
             }
         }
     }
 
-    /// Lowers the grants of VMs that have more than their share.
+    /// Lowers the grants of VMs that have more than their share: at once until that covers what is missing, and those
+    /// with the most to spare first.
     fn cut(&mut self, step: &mut Step<'_>) {
-        let vms = step
-            .observation
-            .vms
-            .iter()
-            .zip(step.decision.accounts.clone());
+        let vms = step.observation.vms.iter();
+        let mut vms: Vec<_> = vms.zip(step.decision.accounts.clone()).collect();
+        vms.sort_by_key(|(_, account)| Reverse(account.grant.saturating_sub(account.share)));
+        step.missing = step.missing.saturating_sub(step.coming);
         for (vm, account) in vms {
             let granule = vm.granule.max(1);
             if account.spared == Some(Spared::Uncooperative) {
@@ -280,10 +297,10 @@ impl Policy {
             let excess = account.grant.saturating_sub(account.share);
             let spared = match account.spared {
                 // Other VMs wait for memory that it does not need.
-                Some(Spared::Starting) => !step.lacking,
+                Some(Spared::Starting) => step.missing == 0,
                 other => other.is_some(),
             };
-            if spared || excess < least_change(vm) || !(step.lacking || self.is_due(vm)) {
+            if spared || excess < least_change(vm) || !(step.missing > 0 || self.is_due(vm)) {
                 continue;
             }
             // Rounded down: the VM keeps at least its share.
@@ -299,6 +316,7 @@ impl Policy {
                 // The VM is not charged more than before.
                 let taken = target - (vm.memory - account.grant);
                 let release = step.release(vm, &account, target).min(taken);
+                step.missing = step.missing.saturating_sub(taken - release);
                 self.send(step, vm, &account, (target, release), cause);
             }
         }

@@ -41,6 +41,9 @@ const READING: Millis = 1_000;
 /// For how long the policy expects a driver that does not work back: the VM may be paused for a moment.
 const PAUSE: Millis = 2_000;
 
+/// Within this time a VM is expected to give what it was asked for. Others are asked after it.
+const GIVING: Millis = 1_000;
+
 /// An action that was sent.
 #[derive(Clone, Copy, Debug)]
 struct Sent {
@@ -392,6 +395,18 @@ impl Tracker {
         };
         let usable = vm.memory.saturating_sub(balloon);
         usable.max(vm.resident.unwrap_or(0))
+    }
+
+    /// The memory that the VM was asked for a moment ago, and has not given yet.
+    pub(crate) fn coming(&self, vm: &Vm, now: Millis) -> Pages {
+        let asked = self
+            .moved
+            .is_some_and(|moved| now.saturating_sub(moved) <= GIVING);
+        let grant = vm.memory.saturating_sub(self.target(vm));
+        match asked {
+            true => self.expected_charge(vm).saturating_sub(grant),
+            false => 0,
+        }
     }
 
     /// The policy's view of the VM, before the capacity is divided.

@@ -817,6 +817,45 @@ fn decide(policy: &mut Policy, now: Millis, pool: Pages, vm: Vm) -> Decision {
     })
 }
 
+/// When memory is missing, the VM with the most to spare gives it. Another one keeps what it has for a while.
+#[test]
+fn memory_is_taken_from_the_vm_with_the_most_to_spare() {
+    let mut policy = Policy::new(Profile::Density);
+    let mut targets = [2 * GIB; 2];
+    let mut step = |now, pool, free: [Pages; 2]| {
+        let vms = (0..).zip(targets.into_iter().zip(free));
+        let vms = vms.map(|(id, (target, free))| Vm {
+            size: target,
+            answered: u64::MAX,
+            sample: Some(Sample {
+                free,
+                ..sample(now, 3 * GIB / 2)
+            }),
+            ..Vm::new(VmId(id), SETTINGS, 4 * GIB, target)
+        });
+        let decision = policy.step(&Observation {
+            now,
+            pool,
+            vms: vms.collect(),
+            ..Observation::default()
+        });
+        let mut lowered = Vec::new();
+        for action in decision.actions {
+            targets[action.vm.0 as usize] = action.target;
+            if action.target > action.before {
+                lowered.push(action.vm);
+            }
+        }
+        lowered
+    };
+    // Both get more for their caches, so that nothing is taken from them for ten seconds unless memory is missing.
+    assert_eq!(step(60_000, 5 * GIB, [0, 0]), []);
+    let free = [GIB / 2, 3 * GIB / 2];
+    assert_eq!(step(65_000, 5 * GIB, free), []);
+    assert_eq!(step(66_000, 17 * GIB / 4, free), [VmId(1)]);
+    assert_eq!(step(67_000, 17 * GIB / 4, free), []);
+}
+
 /// A driver that pauses after it ran out of memory inflates again with the next target.
 #[test]
 fn a_guest_that_ran_out_of_memory_can_be_asked_again() {
