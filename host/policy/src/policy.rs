@@ -20,6 +20,11 @@ const FAST_RESERVE: Pages = 512 * MIB;
 /// The target of a VM that is not short of memory stays the same for this long.
 const INTERVAL: Millis = 10_000;
 
+/// The smallest raise soon after another one, while other VMs give memory.
+const LEAST_PART: Pages = 512 * MIB;
+/// How soon.
+const PART_INTERVAL: Millis = 1_000;
+
 /// Smaller changes are not worth one, unless a guest needs them.
 const LEAST_CHANGE: Pages = 32 * MIB;
 
@@ -217,7 +222,8 @@ impl Policy {
         }
         for (vm, account) in &short {
             let cause = account.pressed.map_or(Cause::Wanted, Cause::Pressed);
-            let given = self.give(step, vm, account, cause, LEAST_URGENT_CHANGE);
+            let least = self.least_raise(step, vm, account);
+            let given = self.give(step, vm, account, cause, least);
             let missing = account.share.saturating_sub(given);
             if missing > LEAST_URGENT_CHANGE {
                 step.missing = step.missing.saturating_add(missing);
@@ -229,6 +235,17 @@ impl Policy {
             if self.is_due(vm) {
                 self.give(step, vm, account, Cause::Wanted, least_change(vm));
             }
+        }
+    }
+
+    /// The smallest raise for a guest in need. While other VMs give memory, it comes in many small parts.
+    fn least_raise(&self, step: &Step<'_>, vm: &Vm, account: &Account) -> Pages {
+        let moved = self.trackers[&vm.id].moved;
+        let just_now = moved.is_some_and(|moved| self.now.saturating_sub(moved) <= PART_INTERVAL);
+        let missing = account.share.saturating_sub(account.grant);
+        match just_now && step.coming > 0 {
+            true => missing.clamp(LEAST_URGENT_CHANGE, LEAST_PART),
+            false => LEAST_URGENT_CHANGE,
         }
     }
 

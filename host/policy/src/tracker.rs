@@ -18,7 +18,7 @@ const PRESSED_FOR: Millis = 2_000;
 const OOM_FOR: Millis = 300_000;
 
 /// The least that a guest under pressure gets at once.
-const LEAST_RAISE: Pages = 256 * MIB;
+const LEAST_RAISE: Pages = 512 * MIB;
 
 /// The most that it gets at once, unless it uses more.
 const MOST_RAISE: Pages = 1024 * MIB;
@@ -41,7 +41,7 @@ const READING: Millis = 1_000;
 /// For how long the policy expects a driver that does not work back: the VM may be paused for a moment.
 const PAUSE: Millis = 2_000;
 
-/// Within this time a VM is expected to give what it was asked for. Others are asked after it.
+/// How long a VM may take to give what it was asked for, until others are asked for it.
 const GIVING: Millis = 1_000;
 
 /// An action that was sent.
