@@ -856,6 +856,25 @@ fn memory_is_taken_from_the_vm_with_the_most_to_spare() {
     assert_eq!(step(67_000, 17 * GIB / 4, free), []);
 }
 
+/// While another VM gives memory slowly, a guest in need does not get a new target for each part of it.
+#[test]
+fn memory_that_comes_slowly_is_given_in_few_raises() {
+    let giver = Guest::new(Behaviour::Slow, 4 * GIB, GIB / 2, 0);
+    let needy = Guest::new(Behaviour::Honest, 4 * GIB, 3 * GIB, 2 * GIB);
+    let mut world = World::new(0, 25 * GIB / 4, vec![giver, needy]);
+    let mut raises = 0;
+    for _ in 0..5 {
+        let (_, decision) = world.step(200);
+        raises += decision
+            .actions
+            .iter()
+            .filter(|one| one.vm == VmId(1))
+            .count();
+    }
+    assert!((1..=2).contains(&raises), "{raises} raises");
+    assert!(world.guests[0].size > 20 * MIB);
+}
+
 /// A driver that pauses after it ran out of memory inflates again with the next target.
 #[test]
 fn a_guest_that_ran_out_of_memory_can_be_asked_again() {
