@@ -139,7 +139,7 @@ pub(super) fn message(device: &FakeDevice, queue: usize) -> Result<Request> {
     request.ok_or(EINVAL)
 }
 
-/// Returns the free memory in bytes, per-CPU page lists included: draining them leaves a pageblock there.
+/// Returns the free memory in bytes, per-CPU page lists included: a drain leaves a pageblock there.
 pub(super) fn free() -> u64 {
     drain::drain_free_lists();
     Info::now().free + ((memory::pcp_pages() as u64) << PAGE_SHIFT)
