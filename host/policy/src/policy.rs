@@ -20,9 +20,8 @@ const FAST_RESERVE: Pages = 512 * MIB;
 /// The target of a VM that is not short of memory stays the same for this long.
 const INTERVAL: Millis = 10_000;
 
-/// The smallest raise soon after another one, while other VMs give memory.
+/// The smallest raise within a second after another one, while other VMs give memory.
 const LEAST_PART: Pages = 512 * MIB;
-/// How soon.
 const PART_INTERVAL: Millis = 1_000;
 
 /// Smaller changes are not worth one, unless a guest needs them.
@@ -288,8 +287,7 @@ impl Policy {
                 self.admitted.insert(reservation.id);
                 step.decision.admitted.push(reservation.id);
             } else {
-                let missing = reservation.pages.saturating_sub(step.free);
-                step.missing = step.missing.saturating_add(missing);
+                step.missing = step.missing.saturating_add(reservation.pages - step.free);
             }
         }
     }
