@@ -18,7 +18,7 @@ const PRESSED_FOR: Millis = 2_000;
 const OOM_FOR: Millis = 300_000;
 
 /// The least that a guest under pressure gets at once.
-const LEAST_RAISE: Pages = 512 * MIB;
+const LEAST_RAISE: Pages = 256 * MIB;
 
 /// The most that it gets at once, unless it uses more.
 const MOST_RAISE: Pages = 1024 * MIB;
