@@ -32,7 +32,7 @@ use log::{info, warn};
 use nix::sys::stat::{major, minor};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 use procfs::ProcResult;
-use procfs::process::{FDTarget, Process, Status, all_processes};
+use procfs::process::{FDTarget, Process, all_processes};
 
 use super::pinning::is_pinning;
 
@@ -41,9 +41,6 @@ const VMM_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The maximum age of the state of other processes. Reading all of them takes some milliseconds.
 const OTHERS_INTERVAL: Duration = Duration::from_secs(60);
-
-/// The capability to lock any amount of memory, as a bit in `/proc/PID/status`.
-const CAP_IPC_LOCK: u64 = 1 << 14;
 
 /// How many times the state of an io_uring is read, and the pause in between. The kernel leaves out most of it while
 /// a thread works with the ring.
@@ -207,7 +204,7 @@ impl Watch {
     fn look_at_vmm(&mut self) {
         let vmm = self.vmm;
         self.note(
-            vmm.and_then(|vmm| Some(memory(&Process::new(vmm).ok()?.status().ok()?))),
+            vmm.and_then(|vmm| memory(&Process::new(vmm).ok()?).ok()),
             vmm.map(open_files),
         );
     }
@@ -245,15 +242,16 @@ fn is_old(seen: Option<Instant>, interval: Duration) -> bool {
 }
 
 /// What a process has pinned or locked.
-fn memory(status: &Status) -> BTreeSet<Hazard> {
+fn memory(process: &Process) -> ProcResult<BTreeSet<Hazard>> {
+    let status = process.status()?;
     let pinned = status.vmpin.filter(|&kib| kib > 0);
     // VFIO counts what it pins as locked.
     let locked = status.vmlck.filter(|&kib| kib > FEW_LOCKED);
-    pinned
+    Ok(pinned
         .map(|_| Hazard::Pinned)
         .into_iter()
         .chain(locked.map(|_| Hazard::Locked))
-        .collect()
+        .collect())
 }
 
 /// The open files of a process. The library's list of them omits unreadable ones.
@@ -283,8 +281,8 @@ fn of_open_file(link: &Path) -> io::Result<Option<Hazard>> {
     })
 }
 
-/// Whether an io_uring, by its link in /proc, has fixed buffers. The kernel does not count them as pinned memory of a
-/// process that may lock any amount of memory (`CAP_IPC_LOCK`).
+/// Whether an io_uring, by its link in /proc, may have fixed buffers. The kernel does not count them as pinned memory if
+/// the process could lock any amount of memory (`CAP_IPC_LOCK`) when it set up the ring.
 fn has_buffers(link: &Path) -> io::Result<bool> {
     let (process, number) = (link.parent().and_then(Path::parent), link.file_name());
     let Some((process, number)) = process.zip(number) else {
@@ -320,14 +318,14 @@ fn others(files: &BTreeSet<Identity>, vmm: Option<i32>) -> ProcResult<BTreeSet<H
             if [vmm, me].contains(&Some(process.pid)) {
                 return None;
             }
-            let status = process.status().ok()?;
-            let mut hazards = memory(&status);
-            if status.capeff & CAP_IPC_LOCK != 0 {
-                let opened = open_files(process.pid).unwrap_or_default();
-                hazards.extend(opened.get(&Hazard::Pinned));
+            // Few processes have mapped one, and looking at open files takes longer.
+            if !maps(&process, files) {
+                return None;
             }
-            // Few processes have pinned memory, and reading mappings takes longer.
-            (!hazards.is_empty() && maps(&process, files)).then_some(hazards)
+            let mut hazards = memory(&process).unwrap_or_default();
+            let opened = open_files(process.pid).unwrap_or_default();
+            hazards.extend(opened.get(&Hazard::Pinned));
+            Some(hazards)
         })
         .flatten()
         .collect())
