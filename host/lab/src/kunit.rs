@@ -33,9 +33,10 @@ pub(crate) fn run(only: Option<Kernel>, guests: Guests) -> Result<bool> {
 /// Runs KUnit in a guest with this kernel. Every case is a result.
 pub(crate) fn run_in(kernel: Kernel, artifacts: &Artifacts, guests: Guests, report: &Report) {
     let name = |case: &str| format!("kunit {case} ({kernel} kernel)");
-    // The suites allocate up to eight of the largest blocks at once, of 32 MiB with pages of 16 KiB and of 512 MiB with
-    // those of 64 KiB, and one of them on a per-CPU page list is little. Several memory blocks of 128 MiB must still be
-    // free when the suites have filled the memory for many times.
+    // The suites allocate up to eight of the largest blocks at once, of 512 MiB with pages of 64 KiB. Several memory
+    // blocks of 128 MiB must still be free when the suites have filled the memory for many times. With pages of 16 KiB a
+    // per-CPU page list may keep a pageblock of 32 MiB. That must be less than the part of the memory from which the
+    // driver drains the lists.
     let memory = match kernel {
         Kernel::Arm64Pages16k => Size::gib(3),
         Kernel::Arm64Pages64k => Size::gib(8),
