@@ -12,7 +12,7 @@ use crate::observation::{
     Account, Action, Cause, Decision, HostPressure, MIB, Millis, Observation, Pages, Spared, Vm,
     VmId,
 };
-use crate::tracker::Tracker;
+use crate::tracker::{GIVING, Tracker};
 
 /// Memory that is reserved for guests that need memory at once, while other guests still inflate.
 const FAST_RESERVE: Pages = 512 * MIB;
@@ -20,9 +20,8 @@ const FAST_RESERVE: Pages = 512 * MIB;
 /// The target of a VM that is not short of memory stays the same for this long.
 const INTERVAL: Millis = 10_000;
 
-/// The smallest raise within a second after another one, while other VMs give memory.
+/// The smallest raise just after another one, while other VMs give memory.
 const LEAST_PART: Pages = 512 * MIB;
-const PART_INTERVAL: Millis = 1_000;
 
 /// Smaller changes are not worth one, unless a guest needs them.
 const LEAST_CHANGE: Pages = 32 * MIB;
@@ -239,8 +238,7 @@ impl Policy {
 
     /// The smallest raise for a guest in need. While other VMs give memory, it comes in many small parts.
     fn least_raise(&self, step: &Step<'_>, vm: &Vm, account: &Account) -> Pages {
-        let moved = self.trackers[&vm.id].moved;
-        let just_now = moved.is_some_and(|moved| self.now.saturating_sub(moved) <= PART_INTERVAL);
+        let just_now = self.trackers[&vm.id].moved_within(GIVING, self.now);
         let missing = account.share.saturating_sub(account.grant);
         match just_now && step.coming > 0 {
             true => missing.clamp(LEAST_URGENT_CHANGE, LEAST_PART),
@@ -339,8 +337,7 @@ impl Policy {
 
     /// Whether the last change is long enough ago for one that is not urgent.
     fn is_due(&self, vm: &Vm) -> bool {
-        let moved = self.trackers[&vm.id].moved;
-        moved.is_none_or(|moved| self.now.saturating_sub(moved) >= INTERVAL)
+        !self.trackers[&vm.id].moved_within(INTERVAL, self.now)
     }
 
     fn send(

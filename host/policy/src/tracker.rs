@@ -41,8 +41,9 @@ const READING: Millis = 1_000;
 /// For how long the policy expects a driver that does not work back: the VM may be paused for a moment.
 const PAUSE: Millis = 2_000;
 
-/// How long a VM may take to give what it was asked for, until others are asked for it.
-const GIVING: Millis = 1_000;
+/// How long a VM may take to give what it was asked for, until others are asked for it, and until a guest in need gets
+/// small parts of it.
+pub(crate) const GIVING: Millis = 1_000;
 
 /// An action that was sent.
 #[derive(Clone, Copy, Debug)]
@@ -110,7 +111,7 @@ pub(crate) struct Tracker {
     /// When a process died, and what the guest would have needed.
     killed: Option<(Millis, Raise)>,
     /// When a target was sent the last time.
-    pub(crate) moved: Option<Millis>,
+    moved: Option<Millis>,
     progress: Progress,
     refused_until: Millis,
     left_alone_until: Millis,
@@ -397,13 +398,16 @@ impl Tracker {
         usable.max(vm.resident.unwrap_or(0))
     }
 
+    /// Whether a target was sent less than `time` ago.
+    pub(crate) fn moved_within(&self, time: Millis, now: Millis) -> bool {
+        self.moved
+            .is_some_and(|moved| now.saturating_sub(moved) < time)
+    }
+
     /// The memory that the VM was asked for a moment ago, and has not given yet.
     pub(crate) fn coming(&self, vm: &Vm, now: Millis) -> Pages {
-        let asked = self
-            .moved
-            .is_some_and(|moved| now.saturating_sub(moved) <= GIVING);
         let grant = vm.memory.saturating_sub(self.target(vm));
-        match asked {
+        match self.moved_within(GIVING, now) {
             true => self.expected_charge(vm).saturating_sub(grant),
             false => 0,
         }
